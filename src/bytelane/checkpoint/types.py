@@ -22,8 +22,8 @@ class QuantizedModule:
         name: the module's name, `model.layers.0.mlp.up_proj`.
         kind: linear or embedding.
         shape: `(out_features, in_features)`, or `(num_embeddings, embedding_dim)`.
-        scheme: a `LinearScheme` for a linear, an `EmbeddingScheme` for an embedding. For a linear, a side whose scale is
-            absent or exactly 0 is not quantized.
+        scheme: a `LinearScheme` for a linear, an `EmbeddingScheme` for an embedding. For a linear, a side whose scale
+            is absent or exactly 0 is not quantized.
         storage: how the codes lie in the file.
         bias: whether the module has a bias.
     """
@@ -66,8 +66,30 @@ class QuantizedTensors:
 
 
 @dataclass(frozen=True)
+class ModuleScales:
+    """The scales of one quantized module, without its codes.
+
+    Attributes:
+        weight_scale: `[out, groups]`, in the dtype the checkpoint stores (float32, bfloat16 or float16).
+        input_scale: float32, shape `[]`, positive; None when the side is not quantized.
+        output_scale: likewise.
+    """
+
+    weight_scale: Tensor
+    input_scale: Tensor | None = None
+    output_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's header: what it is and where it lies, without its data."""
+    """A tensor's header: what it is and where it lies, without its data.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: its safetensors name, `"F32"`, `"BF16"`, `"I8"`.
+        shape: its shape.
+        file: the file's name within the folder.
+    """
 
     name: str
     dtype: str

@@ -1,0 +1,183 @@
+// The driver: quantize, dot, requantize, for any M, split over output channels.
+//
+//     for a block of activation rows          as many as stay in cache arranged
+//       quantize and arrange them             in parallel over rows
+//       for a panel of output channels        in parallel; at most 64
+//         [unpacked] spread its rows to bytes
+//         for a tile of activation rows       dot the panel, then requantize the tile: the accumulators never leave L1
+//
+// An accumulator is one exact integer and an output depends on its own accumulators alone, so the bits do not depend on
+// the number of threads, the panel, the block or M.
+//
+// Path `packed` dots the canonical rows in place. Path `unpacked` first spreads a panel's rows to bytes, each group
+// padded to whole vectors, and dots those as 8-bit rows:
+//
+//     row of the panel     g0: u0 u1 ... 0 0 | g1: u0 u1 ... 0 0 | ...
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.hpp"
+#include "dot.hpp"
+#include "kernels.hpp"
+#include "requantize.hpp"
+#include "scratch.hpp"
+#include "unpack.hpp"
+
+namespace bytelane::cpu {
+namespace {
+
+constexpr std::int64_t kSerialBytes = 48 << 10;       // less weight than this is not worth waking a thread
+constexpr std::int64_t kSerialActivations = 32 << 10;
+constexpr std::int64_t kActivationBytes = 1 << 20;    // arranged activations of one block of rows
+constexpr std::int64_t kUnpackedBytes = 128 << 10;    // unpacked rows of one panel
+constexpr std::int64_t kMaxTile = 4;                  // activation rows of the tallest tile
+
+template <class Isa, int Bits, bool Unpack>
+class MatmulDriver {
+    using L = Layout<Isa, Bits>;
+
+  public:
+    explicit MatmulDriver(const Matmul& args) : a_(args) {
+        groups_ = a_.group_size > 0 ? a_.k / a_.group_size : 1;
+        size_ = a_.group_size > 0 ? a_.group_size : a_.k;
+        row_bytes_ = ceil_div(a_.k * a_.bits, 8);
+        blocks_ = ceil_div(size_, L::block_codes);
+        q_group_ = blocks_ * L::block_bytes;
+        q_row_ = groups_ * q_group_;
+        u_group_ = blocks_ * L::vector_bytes;
+        u_row_ = groups_ * u_group_;
+        const std::int64_t work = row_bytes_ * a_.n * smaller(a_.m, 1 << 20);
+        threads_ = work < kSerialBytes ? 1 : a_.threads;
+        panel_ = kPanel;
+        if (Unpack) panel_ = larger(kMaxTile, smaller(panel_, kUnpackedBytes / larger(u_row_, 1) / kMaxTile * kMaxTile));
+        while (panel_ > kMaxTile * 2 && a_.n < panel_ * 4 * threads_ && threads_ > 1) panel_ /= 2;
+        threads_ = static_cast<int>(larger(smaller(threads_, ceil_div(a_.n, panel_)), 1));
+        const std::int64_t fit = kActivationBytes / larger(q_row_, 1) / kMaxTile * kMaxTile;
+        m_block_ = smaller(a_.m, larger(kMaxTile, smaller(fit, 256)));
+    }
+
+    void run() const {
+        const Scratch shared(m_block_ * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
+        Carver memory = shared.of(0);
+        auto* q = memory.take<std::uint8_t>(m_block_ * q_row_);
+        auto* sums = memory.take<std::int32_t>(m_block_ * groups_);
+        const Scratch scratch(thread_bytes(), threads_);
+        for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
+            const std::int64_t rows = smaller(m_block_, a_.m - m0);
+            const bool alone = threads_ == 1 || rows * a_.k < kSerialActivations;
+            if (alone) {
+                for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, scratch.of(0));
+            }
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+            {
+                const Carver mine = scratch.of_this_thread();
+                if (!alone) {
+#pragma omp for schedule(static)
+                    for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, mine);
+                }
+                const Codes codes{q, sums, q_row_, q_group_, groups_};
+                const std::int64_t panels = ceil_div(a_.n, panel_);
+#pragma omp for schedule(dynamic) nowait
+                for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, m0, rows, codes, mine);
+            }
+        }
+    }
+
+  private:
+    std::int64_t acc_count() const { return smaller(kMaxTile, a_.m) * groups_ * kPanel; }
+
+    std::int64_t thread_bytes() const {
+        const std::int64_t panel = panel_scales_bytes(groups_) + acc_count() * 4;
+        return larger(panel + (Unpack ? panel_ * u_row_ : 0), a_.k) + 8 * Carver::alignment;
+    }
+
+    // Row `m` of x to arranged codes, row `at` of the block.
+    void load_codes(std::int64_t m, std::int64_t at, std::uint8_t* q, std::int32_t* sums, Carver memory) const {
+        const std::int8_t* codes = a_.codes + m * a_.k;
+        if (a_.acc == nullptr) {
+            auto* fresh = memory.take<std::int8_t>(a_.k);
+            const Dtype dtype = a_.output.dtype;
+            const auto* x = static_cast<const std::uint8_t*>(a_.x) + m * a_.k * element_bytes(dtype);
+            quantize_span<Isa>(x, dtype, a_.k, 1.0f / *a_.output.input_scale, fresh);
+            codes = fresh;
+        }
+        for (std::int64_t g = 0; g < groups_; ++g) {
+            sums[at * groups_ + g] = arrange<Isa, Bits>(codes + g * size_, size_, q + at * q_row_ + g * q_group_);
+        }
+    }
+
+    Rows rows_of(std::int64_t n0, std::int64_t count, std::uint8_t* unpacked) const {
+        const std::uint8_t* first = a_.w + n0 * row_bytes_;
+        if constexpr (!Unpack) {
+            return {first, a_.w + a_.n * row_bytes_, row_bytes_, 0, row_bytes_};
+        } else {
+            for (std::int64_t n = 0; n < count; ++n) {
+                for (std::int64_t g = 0; g < groups_; ++g) {
+                    std::uint8_t* out = unpacked + n * u_row_ + g * u_group_;
+                    unpack(a_.bits, first + n * row_bytes_, row_bytes_, g * size_, size_, out);
+                    const std::int64_t written = ceil_div(size_, 8) * 8;
+                    std::memset(out + written, 0, u_group_ - written);
+                }
+            }
+            return {unpacked, unpacked + count * u_row_, u_row_, u_group_, u_group_};
+        }
+    }
+
+    void run_panel(std::int64_t n0, std::int64_t m0, std::int64_t m_rows, const Codes& codes, Carver memory) const {
+        const std::int64_t count = smaller(panel_, a_.n - n0);
+        PanelScales scales = take_panel_scales(memory, groups_);
+        auto* acc = memory.take<std::int32_t>(acc_count());
+        // the vector loops of finish_panel also read what lies between `count` and the next whole step
+        if (count % kStep != 0) std::memset(acc, 0, acc_count() * sizeof *acc);
+        const Rows rows = rows_of(n0, count, memory.take<std::uint8_t>(Unpack ? panel_ * u_row_ : 0));
+        if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, count, scales);
+        const std::uint32_t offset = 1u << (a_.bits - 1);
+        for (std::int64_t m = 0; m < m_rows;) {
+            std::int64_t tile = 1;
+            if (m_rows - m >= 4) {
+                tile = 4;
+                dot_rows<Isa, Bits, Isa::tile_rows, 4>(rows, count, codes, m, offset, acc, kPanel);
+            } else if (m_rows - m >= 2) {
+                tile = 2;
+                dot_rows<Isa, Bits, Isa::tile_rows, 2>(rows, count, codes, m, offset, acc, kPanel);
+            } else {
+                dot_rows<Isa, Bits, Isa::vector_rows, 1>(rows, count, codes, m, offset, acc, kPanel);
+            }
+            for (std::int64_t i = 0; i < tile; ++i) store(acc + i * groups_ * kPanel, scales, m0 + m + i, n0, count);
+            m += tile;
+        }
+    }
+
+    void store(const std::int32_t* acc, const PanelScales& scales, std::int64_t m, std::int64_t n0,
+               std::int64_t count) const {
+        const std::int64_t at = m * a_.n + n0;
+        if (a_.acc == nullptr) {
+            auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
+            finish_panel<Isa>(acc, scales, a_.output, groups_, count, y);
+            return;
+        }
+        for (std::int64_t n = 0; n < count; ++n) {
+            for (std::int64_t g = 0; g < groups_; ++g) a_.acc[(at + n) * groups_ + g] = acc[g * kPanel + n];
+        }
+    }
+
+    const Matmul& a_;
+    std::int64_t groups_, size_, row_bytes_, blocks_, q_group_, q_row_, u_group_, u_row_, panel_, m_block_;
+    int threads_;
+};
+
+template <class Isa>
+void matmul(const Matmul& args) {
+    if (args.m == 0 || args.n == 0) return;
+    if (args.path == Path::unpacked) return MatmulDriver<Isa, 8, true>(args).run();
+    switch (args.bits) {
+        case 2: return MatmulDriver<Isa, 2, false>(args).run();
+        case 4: return MatmulDriver<Isa, 4, false>(args).run();
+        default: return MatmulDriver<Isa, 8, false>(args).run();
+    }
+}
+
+}  // namespace
+}  // namespace bytelane::cpu

@@ -1,0 +1,141 @@
+// The Python module `bytelane._native`: pointers as integers, sizes, and the checks that keep a wrong call from
+// reading or writing memory it should not. What a pointer points at is the caller's word: see kernels/cpu.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+
+namespace bytelane::cpu {
+namespace {
+
+constexpr std::int64_t kMaxInFeatures = 131072;  // 2^17 products of two int8 codes stay in int32
+
+// Best first.
+const Kernels* const kTable[] = {
+#ifdef BYTELANE_X86
+    &avx512vnni_kernels,
+    &avx2_kernels,
+#endif
+    &portable_kernels,
+};
+constexpr int kCount = static_cast<int>(sizeof kTable / sizeof kTable[0]);
+
+[[noreturn]] void refuse(const std::string& rule) { throw std::invalid_argument(rule); }
+
+const Kernels& kernels(int isa) {
+    if (isa < 0 || isa >= kCount) refuse("isa must be an index into isas(), found " + std::to_string(isa));
+    static const auto usable = [] {
+        std::vector<bool> flags;
+        for (const Kernels* k : kTable) flags.push_back(k->supported());
+        return flags;
+    }();
+    if (!usable[isa]) refuse(std::string("this processor does not support ") + kTable[isa]->name);
+    return *kTable[isa];
+}
+
+Dtype dtype_of(int dtype) {
+    if (dtype < 0 || dtype > 2) {
+        refuse("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), found " + std::to_string(dtype));
+    }
+    return static_cast<Dtype>(dtype);
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
+
+void check_sizes(std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int path) {
+    if (m < 0 || n < 0 || k < 0) refuse("sizes must not be negative");
+    if (k > kMaxInFeatures) {
+        refuse("at most 131072 input features keep the accumulator in int32, found " + std::to_string(k));
+    }
+    if (bits < 2 || bits > 8) refuse("bits must be 2..8, found " + std::to_string(bits));
+    if (group_size < 0 || (group_size > 0 && (k == 0 || k % group_size != 0))) {
+        refuse("the group size " + std::to_string(group_size) + " does not divide the " + std::to_string(k) +
+               " input features");
+    }
+    if (path != 0 && path != 1) refuse("path must be 0 (packed) or 1 (unpacked), found " + std::to_string(path));
+    if (path == 0 && ((bits != 2 && bits != 4 && bits != 8) || group_size != 0)) {
+        refuse("the packed path takes 2, 4 or 8 bits with one scale per output channel, found " +
+               std::to_string(bits) + " bits and group size " + std::to_string(group_size));
+    }
+}
+
+void call_quantize(int isa, std::uintptr_t x, int dtype, std::int64_t count, std::uintptr_t input_scale,
+                   std::uintptr_t q, int threads) {
+    kernels(isa).quantize({pointer<const void>(x), dtype_of(dtype), count, pointer<const float>(input_scale),
+                           pointer<std::int8_t>(q), at_least_one(threads)});
+}
+
+void call_accumulate(int isa, int path, std::uintptr_t q, std::uintptr_t w, std::uintptr_t acc, std::int64_t m,
+                     std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int threads) {
+    check_sizes(m, n, k, bits, group_size, path);
+    Matmul args = {};
+    args.codes = pointer<const std::int8_t>(q);
+    args.w = pointer<const std::uint8_t>(w);
+    args.acc = pointer<std::int32_t>(acc);
+    args.m = m, args.n = n, args.k = k;
+    args.bits = bits, args.group_size = group_size;
+    args.path = static_cast<Path>(path), args.threads = at_least_one(threads);
+    kernels(isa).matmul(args);
+}
+
+void call_requantize(int isa, std::uintptr_t acc, std::uintptr_t weight_scale, std::uintptr_t input_scale,
+                     std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y, int dtype, std::int64_t m,
+                     std::int64_t n, std::int64_t groups, int threads) {
+    if (m < 0 || n < 0 || groups < 1) refuse("sizes must not be negative, and groups at least 1");
+    kernels(isa).requantize({pointer<const std::int32_t>(acc),
+                             {pointer<const float>(weight_scale), pointer<const float>(input_scale),
+                              pointer<const float>(output_scale), pointer<const float>(bias), pointer<void>(y),
+                              dtype_of(dtype)},
+                             m, n, groups, at_least_one(threads)});
+}
+
+void call_linear(int isa, int path, std::uintptr_t x, int dtype, std::uintptr_t w, std::uintptr_t weight_scale,
+                 std::uintptr_t input_scale, std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y,
+                 std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int threads) {
+    check_sizes(m, n, k, bits, group_size, path);
+    Matmul args = {};
+    args.x = pointer<const void>(x);
+    args.w = pointer<const std::uint8_t>(w);
+    args.output = {pointer<const float>(weight_scale), pointer<const float>(input_scale),
+                   pointer<const float>(output_scale), pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)};
+    args.m = m, args.n = n, args.k = k;
+    args.bits = bits, args.group_size = group_size;
+    args.path = static_cast<Path>(path), args.threads = at_least_one(threads);
+    kernels(isa).matmul(args);
+}
+
+}  // namespace
+}  // namespace bytelane::cpu
+
+NB_MODULE(_native, m) {
+    using namespace bytelane::cpu;
+    using Free = nb::call_guard<nb::gil_scoped_release>;
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : kTable) names.emplace_back(k->name);
+        return names;
+    });
+    m.def("supported", [](const std::string& isa) {
+        for (const Kernels* k : kTable) {
+            if (isa == k->name) return k->supported();
+        }
+        return false;
+    });
+    m.def("quantize", call_quantize, Free());
+    m.def("accumulate", call_accumulate, Free());
+    m.def("requantize", call_requantize, Free());
+    m.def("linear", call_linear, Free());
+}

@@ -1,0 +1,147 @@
+// Accumulators to outputs; every operation a separately rounded float32 one.
+//
+//     unit[n,g] = s_in * s_w[n,g]          r[n,g] = unit[n,g] / s_out, or unit[n,g] without an output scale
+//     total     = f32(acc[m,n,0] + b[n]) * r[n,0] + f32(acc[m,n,1]) * r[n,1] + ...        in ascending g
+//     y         = f32(clamp(rne(total), -128, 127)) * s_out, or total + bias[n]           cast to the dtype of x
+//     b[n]      = rne(bias[n] / unit[n,0]) with an output scale and one group, else 0
+//
+// With an output scale and several groups `bias[n] / s_out` is added to the total last.
+//
+// A panel is up to 64 output channels, contiguous, one group after the other; what follows the panel's last channel
+// is computed and dropped:
+//
+//     acc, scale    g0: n0 n1 ... n63 | g1: n0 n1 ... n63 | ...
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.hpp"
+#include "kernels.hpp"
+#include "scratch.hpp"
+
+namespace bytelane::cpu {
+namespace {
+
+constexpr std::int64_t kPanel = kChunk;
+constexpr int kStep = 16;  // channels a vector loop takes at once; a panel is a whole number of them
+
+// What requantizing a panel needs, computed once and used for every m.
+struct PanelScales {
+    float* scale;              // [groups][kPanel]
+    std::int32_t* bias_codes;  // [kPanel]
+    float* bias;               // [kPanel]
+};
+
+inline std::int64_t panel_scales_bytes(std::int64_t groups) { return (groups + 2) * kPanel * 4; }
+
+inline PanelScales take_panel_scales(Carver& memory, std::int64_t groups) {
+    return {memory.take<float>(groups * kPanel), memory.take<std::int32_t>(kPanel), memory.take<float>(kPanel)};
+}
+
+// float to int32 with the one out-of-range answer x86 gives, which is also torch's.
+inline std::int32_t int_from_float(float value) {
+    const bool fits = value >= -2147483648.0f && value < 2147483648.0f;
+    return fits ? static_cast<std::int32_t>(value) : INT32_MIN;
+}
+
+// Rounds half to even for every float: from 2^23 on they are all integers.
+inline float round_any(float value) {
+    constexpr float whole = 8388608.0f;
+    const float size = float_of(bits_of(value) & 0x7fffffffu);
+    const float rounded = (size + whole) - whole;
+    const float kept = size < whole ? rounded : size;
+    return float_of(bits_of(kept) | (bits_of(value) & 0x80000000u));
+}
+
+inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0, std::int64_t count, PanelScales& p) {
+    const float s_in = *o.input_scale;
+    const float s_out = o.output_scale ? *o.output_scale : 1.0f;
+    float unit[kPanel] = {};
+    for (std::int64_t g = 0; g < groups; ++g) {
+        const float* weight_scale = o.weight_scale + n0 * groups + g;
+        if (groups == 1) {
+            for (std::int64_t n = 0; n < count; ++n) unit[n] = s_in * weight_scale[n];
+        } else {
+            for (std::int64_t n = 0; n < count; ++n) unit[n] = s_in * weight_scale[n * groups];
+        }
+        // dividing by 1 changes nothing, and keeps this one loop
+        for (std::int64_t n = 0; n < kPanel; ++n) p.scale[g * kPanel + n] = unit[n] / s_out;
+    }
+    for (std::int64_t n = 0; n < kPanel; ++n) {
+        p.bias_codes[n] = 0;
+        p.bias[n] = 0.0f;
+    }
+    if (o.bias == nullptr) return;
+    for (std::int64_t n = 0; n < count; ++n) {
+        const float bias = o.bias[n0 + n];
+        if (o.output_scale && groups == 1) {
+            p.bias_codes[n] = int_from_float(round_any(bias / unit[n]));
+        } else {
+            p.bias[n] = bias / s_out;
+        }
+    }
+}
+
+// One row of a panel: acc [groups][kPanel] to `count` outputs at y.
+template <class Isa>
+void finish_panel(const std::int32_t* acc, const PanelScales& p, const Output& o, std::int64_t groups,
+                  std::int64_t count, void* y) {
+    const bool quantized = o.output_scale != nullptr;
+    const bool float_bias = o.bias != nullptr && !(quantized && groups == 1);
+    const float s_out = quantized ? *o.output_scale : 1.0f;
+    alignas(64) float total[kPanel];
+    for (std::int64_t n0 = 0; n0 < count; n0 += kStep) {
+        float* t = total + n0;
+        for (int n = 0; n < kStep; ++n) {
+            const std::uint32_t biased =
+                static_cast<std::uint32_t>(acc[n0 + n]) + static_cast<std::uint32_t>(p.bias_codes[n0 + n]);
+            t[n] = static_cast<float>(static_cast<std::int32_t>(biased)) * p.scale[n0 + n];
+        }
+        for (std::int64_t g = 1; g < groups; ++g) {
+            const std::int64_t at = g * kPanel + n0;
+            for (int n = 0; n < kStep; ++n) t[n] = t[n] + static_cast<float>(acc[at + n]) * p.scale[at + n];
+        }
+        if (float_bias) {
+            for (int n = 0; n < kStep; ++n) t[n] = t[n] + p.bias[n0 + n];
+        }
+        if (quantized) {
+            for (int n = 0; n < kStep; ++n) t[n] = round_small(clamp_keep_nan(t[n])) * s_out;
+        }
+    }
+    narrow<Isa>(total, o.dtype, y, count);
+}
+
+template <class Isa>
+void requantize(const Requantize& args) {
+    const std::int64_t panels = ceil_div(args.n, kPanel);
+    const std::int64_t work = args.m * args.n * args.groups;
+    const int threads = static_cast<int>(larger(smaller(args.threads, smaller(panels, work / 32768)), 1));
+    const std::int64_t each = panel_scales_bytes(args.groups) + args.groups * kPanel * 4 + 4 * Carver::alignment;
+    const Scratch scratch(each, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Carver memory = scratch.of_this_thread();
+        PanelScales scales = take_panel_scales(memory, args.groups);
+        auto* acc = memory.take<std::int32_t>(args.groups * kPanel);
+        std::memset(acc, 0, args.groups * kPanel * 4);
+#pragma omp for schedule(static)
+        for (std::int64_t panel = 0; panel < panels; ++panel) {
+            const std::int64_t n0 = panel * kPanel;
+            const std::int64_t count = smaller(kPanel, args.n - n0);
+            prepare_panel(args.output, args.groups, n0, count, scales);
+            for (std::int64_t m = 0; m < args.m; ++m) {
+                const std::int32_t* in = args.acc + (m * args.n + n0) * args.groups;
+                for (std::int64_t n = 0; n < count; ++n) {
+                    for (std::int64_t g = 0; g < args.groups; ++g) acc[g * kPanel + n] = in[n * args.groups + g];
+                }
+                auto* y = static_cast<std::uint8_t*>(args.output.y) +
+                          (m * args.n + n0) * element_bytes(args.output.dtype);
+                finish_panel<Isa>(acc, scales, args.output, args.groups, count, y);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace bytelane::cpu

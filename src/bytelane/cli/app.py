@@ -1,0 +1,73 @@
+"""The command's root: what every subcommand shares, and how errors end a run.
+
+Exit codes: 0 done; 1 the machine failed (disk full, out of memory); 2 the input was refused or the command misused;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from bytelane.cli import inspect, make, run
+
+app = typer.Typer(
+    name="bytelane",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""
+Run, make and check **wNa8o8** language models: N-bit integer weights, static INT8 inputs and outputs, computed in true
+integer arithmetic, bit for bit what the phone computes.
+
+MODEL is always a folder with `config.json` and safetensors files, or a Hugging Face hub id.
+
+Start with `bytelane inspect MODEL`, then `bytelane chat MODEL`. Every command takes `--json`.
+""",
+)
+
+app.command("inspect")(inspect.inspect)
+app.command("explain")(inspect.explain)
+app.command("run")(run.run)
+app.command("chat")(run.chat)
+app.command("eval")(run.evaluate)
+app.command("quantize")(make.quantize)
+app.command("convert")(make.convert)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        import bytelane
+
+        typer.echo(f"bytelane {bytelane.__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; never returns."""
+    from bytelane.errors import CheckpointError
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(args=arguments, prog_name="bytelane")
+    except CheckpointError as error:
+        _fail(arguments, type(error).__name__, str(error), 2)
+    except KeyboardInterrupt:
+        _fail(arguments, "Interrupted", "interrupted; nothing was left half-written", 130)
+    except (OSError, MemoryError) as error:
+        _fail(arguments, type(error).__name__, str(error) or "out of memory", 1)
+
+
+def _fail(arguments: list[str], kind: str, message: str, code: int) -> None:
+    if "--json" in arguments:
+        print(json.dumps({"error": {"type": kind, "message": message}}))
+    else:
+        print(f"bytelane: {kind}: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,192 @@
+"""The kernel table: which implementation runs an operation, and why not the others.
+
+One visible table, best kernels first. `select` takes the first row that refuses nothing; `explain` returns every row
+with its reason. There is no fallback hidden in a kernel: a kernel either takes a problem or says why not, and the last
+row of each operation, the reference in plain torch, takes everything.
+
+The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512vnni`, `avx2`,
+`portable`); it is read once per process. The results are the same bits whatever it says.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bytelane.errors import ConfigError
+from bytelane.kernels import cpu, reference
+from bytelane.scheme import MAX_BITS, MIN_BITS
+
+ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+ISA_VARIABLE = "BYTELANE_CPU_ISA"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is chosen for.
+
+    Attributes:
+        op: the operation's name in `torch.ops.bytelane`.
+        device: the device type, `cpu` or `cuda`.
+        dtype: of the activations.
+        num_bits: weight width; 8 for operations without weights.
+        group_size: inputs per scale, 0 for one scale per output channel.
+        rows: M, the rows of activations.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    num_bits: int = 8
+    group_size: int = 0
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process may use: CPU instruction sets, best first."""
+
+    isas: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Attributes:
+        name: unique, `<device>.<isa>.<path>`.
+        op: the operation it implements.
+        run: called with the operation's arguments.
+        about: one line on how it works.
+        device: the device type it needs; None for any.
+        isa: the CPU instruction set it needs; None for any.
+        bits: the widths it takes.
+        grouped: whether it takes group scales.
+        dtypes: the activation dtypes it takes.
+        min_rows: the fewest rows it takes.
+        max_rows: the most rows it takes; None for any number.
+    """
+
+    name: str
+    op: str
+    run: Callable[..., torch.Tensor]
+    about: str
+    device: str | None = None
+    isa: str | None = None
+    bits: frozenset[int] = ALL_BITS
+    grouped: bool = True
+    dtypes: frozenset[torch.dtype] = FLOATS
+    min_rows: int = 0
+    max_rows: int | None = None
+
+    def refusal(self, problem: Problem, machine: Machine) -> str | None:
+        """Why this kernel does not take the problem; None when it does."""
+        if self.device is not None and self.device != problem.device:
+            return f"needs a {self.device} tensor, this is {problem.device}"
+        if self.isa is not None and self.isa not in machine.isas:
+            return f"needs {self.isa}, available here: {', '.join(machine.isas) or 'none'}"
+        if problem.num_bits not in self.bits:
+            return f"takes {_ranges(self.bits)} bits, this is {problem.num_bits}"
+        if problem.group_size and not self.grouped:
+            return f"takes one scale per channel, this has groups of {problem.group_size}"
+        if problem.dtype not in self.dtypes:
+            return f"takes {', '.join(sorted(str(d) for d in self.dtypes))}, this is {problem.dtype}"
+        if problem.rows < self.min_rows or (self.max_rows is not None and problem.rows > self.max_rows):
+            return f"takes {self.min_rows} to {self.max_rows or 'any number of'} rows, this has {problem.rows}"
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and why each better-placed one was passed over (`refused`), and which come after it (`unused`)."""
+
+    kernel: Kernel
+    refused: tuple[tuple[Kernel, str], ...]
+    unused: tuple[Kernel, ...]
+
+
+def _ranges(bits: frozenset[int]) -> str:
+    return ", ".join(str(b) for b in sorted(bits)) if bits != ALL_BITS else f"{MIN_BITS} to {MAX_BITS}"
+
+
+def _cpu_rows(isa: str) -> list[Kernel]:
+    def row(op: str, path: str, run: Callable[..., torch.Tensor], about: str, **limits: Any) -> Kernel:
+        name = ".".join(part for part in ("cpu", isa, path) if part)
+        return Kernel(name, op, run, about, device="cpu", isa=isa, **limits)
+
+    packed = frozenset(cpu.PACKED_BITS)
+    rows = []
+    for op, function in (("linear", cpu.linear), ("accumulate", cpu.accumulate)):
+        dtypes = FLOATS if op == "linear" else frozenset({torch.int8})
+        for path, about, limits in (
+            ("packed", "reads packed codes straight from the rows", {"bits": packed, "grouped": False}),
+            ("unpacked", "unpacks a block of rows to bytes, then dots bytes", {}),
+        ):
+            run = functools.partial(function, isa=isa, path=path)
+            rows.append(row(op, path, run, about, dtypes=dtypes, **limits))
+    rows.append(row("quantize", "", functools.partial(cpu.quantize, isa=isa), "one pass over the activations"))
+    rows.append(row("requantize", "", functools.partial(cpu.requantize, isa=isa), "one pass over the accumulators"))
+    return rows
+
+
+def _table() -> tuple[Kernel, ...]:
+    rows = [row for isa in cpu.compiled_isas() for row in _cpu_rows(isa)]
+    about = "plain torch on any device: correct, not fast"
+    any_dtype = FLOATS | {torch.int8, torch.float64}
+    rows += [
+        Kernel(f"reference.{op}", op, run, about, dtypes=any_dtype)
+        for op, run in (
+            ("linear", reference.linear),
+            ("accumulate", reference.accumulate),
+            ("quantize", reference.quantize),
+            ("requantize", reference.requantize),
+            ("linear_emulated", reference.linear_emulated),
+            ("linear_weight_only", reference.linear_weight_only),
+            ("embedding", reference.embedding),
+        )
+    ]
+    return tuple(rows)
+
+
+TABLE: tuple[Kernel, ...] = _table()
+
+
+@functools.cache
+def machine() -> Machine:
+    """What this process may use, after `BYTELANE_CPU_ISA`.
+
+    Raises:
+        ConfigError: the variable names an instruction set this build or this CPU does not have.
+    """
+    isas = cpu.supported_isas()
+    limit = os.environ.get(ISA_VARIABLE)
+    if limit is None:
+        return Machine(isas)
+    if limit not in isas:
+        raise ConfigError(f"must be one of {', '.join(isas)}, found {limit!r}", tensor=ISA_VARIABLE)
+    return Machine(isas[isas.index(limit) :])
+
+
+@functools.lru_cache(maxsize=4096)
+def select(op: str, device: str, dtype: torch.dtype, num_bits: int, group_size: int, rows: int) -> Kernel:
+    """The kernel for a problem, given as `Problem`'s fields: the first row of the table that takes it."""
+    return explain(Problem(op, device, dtype, num_bits, group_size, rows)).kernel
+
+
+def explain(problem: Problem) -> Choice:
+    """The kernel for a problem, with the reason of every row passed over on the way."""
+    rows = [kernel for kernel in TABLE if kernel.op == problem.op]
+    refused = []
+    for position, kernel in enumerate(rows):
+        reason = kernel.refusal(problem, machine())
+        if reason is None:
+            return Choice(kernel, tuple(refused), tuple(rows[position + 1 :]))
+        refused.append((kernel, reason))
+    raise ConfigError(f"no kernel takes {problem}: " + "; ".join(f"{k.name} {why}" for k, why in refused))

@@ -1,0 +1,176 @@
+"""Streaming generation with the figures a person wants beside it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+
+from bytelane.errors import FileFormatError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. None leaves a value to the model's generation configuration.
+
+    Attributes:
+        greedy: take the likeliest token; the other values are then ignored.
+        temperature: divides the logits.
+        top_k: keep the k likeliest tokens.
+        top_p: keep the likeliest tokens that together reach this probability.
+        repetition_penalty: divides the logits of tokens already used.
+        seed: of the random choice.
+    """
+
+    greedy: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of transformers' `generate`."""
+        if self.greedy:
+            return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        given = {k: v for k, v in asdict(self).items() if k not in ("greedy", "seed") and v is not None}
+        if {"temperature", "top_k", "top_p"} & given.keys():
+            given["do_sample"] = True
+        return given
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a generation cost.
+
+    Attributes:
+        prompt_tokens: tokens read.
+        new_tokens: tokens written.
+        prefill_seconds: until the first new token.
+        decode_seconds: from the first new token to the last.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second after the first."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """For `--json`."""
+        return {**asdict(self), "prefill_rate": self.prefill_rate, "decode_rate": self.decode_rate}
+
+
+class _Streamer(TextStreamer):
+    """Hands finished text on and notes when tokens arrive."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)
+
+
+class _Stop(StoppingCriteria):
+    """Ends the generation once a caller's flag is set."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stopped(), dtype=torch.bool, device=input_ids.device)
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        FileFormatError: the folder has none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"no tokenizer that transformers can read: {error}", file=directory) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, raw: bool = False) -> torch.Tensor:
+    """Token ids `[1, n]` of a prompt: through the chat template, or as plain text when `raw` or without a template."""
+    if isinstance(prompt, str) and (raw or tokenizer.chat_template is None):
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer.chat_template is None:
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
+        return tokenizer(text, return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return encoded["input_ids"]  # type: ignore[no-any-return]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_text: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[str, GenerationStats]:
+    """Generate after `input_ids` `[1, n]`, streaming text to `on_text` as it is decoded.
+
+    Stops at any of the generation configuration's end tokens, at `max_new_tokens`, or once `stopped()` is true.
+
+    Returns:
+        The text and what it cost.
+    """
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    streamer = _Streamer(tokenizer, on_text)
+    ids = input_ids.to(model.device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stopping_criteria=[_Stop(stopped)],
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling.arguments(),
+        )
+    new = output[0, ids.shape[1] :]
+    times = streamer.times or [time.perf_counter()]
+    stats = GenerationStats(ids.shape[1], int(new.numel()), times[0] - start, times[-1] - times[0])
+    return tokenizer.decode(new, skip_special_tokens=True), stats
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,193 @@
+"""The native CPU kernels on torch tensors: checks, the output tensor, addresses.
+
+`isa` is one of `supported_isas()`; `path` is `"packed"`, which dots the canonical rows in place (2, 4 or 8 bits, one
+scale per output channel), or `"unpacked"`, which first spreads a few rows to bytes (any width, any scales). Whatever
+the choice, the thread count and M, the results are the bits of `bytelane.numerics`.
+
+The argument order is that of `torch.ops.bytelane`. Scales and biases are float32; activations are made contiguous where
+they are not; weights must be. A tensor that does not fit raises ValueError, and so does a width or a group size that
+a path does not take and an instruction set that this processor lacks.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+# torch comes first on purpose: its OpenMP runtime is loaded then, and the kernels share that pool of threads
+import torch
+from torch import Tensor
+
+from bytelane import _native
+
+PACKED_BITS = (2, 4, 8)
+"""The widths of the packed path."""
+
+PATHS = MappingProxyType({"packed": 0, "unpacked": 1})
+_DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+_ISAS = MappingProxyType({name: index for index, name in enumerate(_native.isas())})
+
+
+def compiled_isas() -> tuple[str, ...]:
+    """The instruction sets this build has kernels for, best first."""
+    return tuple(_ISAS)
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Those of `compiled_isas` that this processor can run."""
+    return tuple(name for name in _ISAS if _native.supported(name))
+
+
+def _dtype(dtype: torch.dtype) -> int:
+    code = _DTYPES.get(dtype)
+    if code is None:
+        raise ValueError(f"activations must be float32, bfloat16 or float16, found {dtype}")
+    return code
+
+
+def _isa(isa: str) -> int:
+    code = _ISAS.get(isa)
+    if code is None:
+        raise ValueError(f"isa must be one of {', '.join(_ISAS)}, found {isa!r}")
+    return code
+
+
+def _path(path: str) -> int:
+    code = PATHS.get(path)
+    if code is None:
+        raise ValueError(f"path must be packed or unpacked, found {path!r}")
+    return code
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    if not tensor.is_cpu:
+        raise ValueError(f"the CPU kernels take CPU tensors, found one on {tensor.device}")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _address(tensor: Tensor, dtype: torch.dtype, count: int, what: str) -> int:
+    """The address of a tensor that has exactly the form a kernel reads."""
+    if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(
+            f"{what} must be {count} contiguous {dtype} on the CPU, found {tuple(tensor.shape)} of {tensor.dtype}"
+            f"{'' if tensor.is_contiguous() else ', not contiguous'} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _scale_address(scale: Tensor | None, what: str) -> int:
+    return 0 if scale is None else _address(scale, torch.float32, 1, what)
+
+
+def _weight_address(weight: Tensor, in_features: int, num_bits: int) -> int:
+    return _address(weight, torch.uint8, weight.shape[0] * ((in_features * num_bits + 7) // 8), "weight rows")
+
+
+def quantize(x: Tensor, scale: Tensor, *, isa: str) -> Tensor:
+    """See `numerics.quantize`."""
+    dtype = _dtype(x.dtype)
+    x = _contiguous(x)
+    q = torch.empty(x.shape, dtype=torch.int8)
+    scale_address = _scale_address(scale, "scale")
+    _native.quantize(_isa(isa), x.data_ptr(), dtype, x.numel(), scale_address, q.data_ptr(), torch.get_num_threads())
+    return q
+
+
+def accumulate(q: Tensor, weight: Tensor, num_bits: int, group_size: int = 0, *, isa: str, path: str) -> Tensor:
+    """See `numerics.accumulate`; `weight` are canonical rows."""
+    if q.dtype != torch.int8 or q.dim() != 2:
+        raise ValueError(f"q must be int8 [M, in], found {tuple(q.shape)} of {q.dtype}")
+    q = _contiguous(q)
+    (m, k), n = q.shape, weight.shape[0]
+    weight_address = _weight_address(weight, k, num_bits)
+    acc = torch.empty((m, n, k // group_size if group_size > 0 else 1), dtype=torch.int32)
+    _native.accumulate(
+        _isa(isa),
+        _path(path),
+        q.data_ptr(),
+        weight_address,
+        acc.data_ptr(),
+        m,
+        n,
+        k,
+        num_bits,
+        group_size,
+        torch.get_num_threads(),
+    )
+    return acc
+
+
+def requantize(
+    acc: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    isa: str,
+) -> Tensor:
+    """See `numerics.requantize`."""
+    if acc.dtype != torch.int32 or acc.dim() != 3:
+        raise ValueError(f"acc must be int32 [M, out, groups], found {tuple(acc.shape)} of {acc.dtype}")
+    acc = _contiguous(acc)
+    m, n, groups = acc.shape
+    y = torch.empty((m, n), dtype=dtype)
+    _native.requantize(
+        _isa(isa),
+        acc.data_ptr(),
+        _address(weight_scale, torch.float32, n * groups, "weight_scale"),
+        _scale_address(input_scale, "input_scale"),
+        _scale_address(output_scale, "output_scale"),
+        0 if bias is None else _address(bias, torch.float32, n, "bias"),
+        y.data_ptr(),
+        _dtype(dtype),
+        m,
+        n,
+        groups,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor | None,
+    bias: Tensor | None,
+    num_bits: int,
+    group_size: int = 0,
+    *,
+    isa: str,
+    path: str,
+) -> Tensor:
+    """See `numerics.linear_integer`; `weight` are canonical rows."""
+    dtype = _dtype(x.dtype)
+    x = _contiguous(x)
+    *batch, k = x.shape
+    n = weight.shape[0]
+    groups = k // group_size if group_size > 0 else 1
+    y = torch.empty((*batch, n), dtype=x.dtype)
+    m = 1
+    for size in batch:
+        m *= size
+    _native.linear(
+        _isa(isa),
+        _path(path),
+        x.data_ptr(),
+        dtype,
+        _weight_address(weight, k, num_bits),
+        _address(weight_scale, torch.float32, n * groups, "weight_scale"),
+        _scale_address(input_scale, "input_scale"),
+        _scale_address(output_scale, "output_scale"),
+        0 if bias is None else _address(bias, torch.float32, n, "bias"),
+        y.data_ptr(),
+        m,
+        n,
+        k,
+        num_bits,
+        group_size,
+        torch.get_num_threads(),
+    )
+    return y

@@ -1,0 +1,289 @@
+"""A transformers model with bytelane's layers in it.
+
+`load_model` builds the architecture without weights (parameters on the meta device, buffers real, so rotary tables and
+the like come out of the model's own constructor), reads the checkpoint's headers and refuses it there if anything is
+wrong, then puts a `QuantLinear` or `QuantEmbedding` in place of each quantized module and streams the tensors in. A dense
+copy of a quantized weight never exists. The result is an ordinary transformers model: `generate`, chat templates and
+streamers work as they do on any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
+from bytelane.errors import (
+    FileFormatError,
+    MissingTensorError,
+    ModelConfigError,
+    RemoteCodeError,
+    UnsupportedFormatError,
+)
+from bytelane.layers import QuantEmbedding, QuantLinear
+from bytelane.scheme import Kind, Numerics
+
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+"""What is fetched of a hub repository: weights, configuration, tokenizer. Never code, never pickles."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+def resolve_checkpoint(path: str | Path, *, revision: str | None = None) -> Path:
+    """A local folder as it is, or a hub id fetched into the hub cache.
+
+    Raises:
+        FileFormatError: neither a folder nor a repository that can be fetched.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise FileFormatError("a checkpoint is a folder with config.json and safetensors files", file=local)
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileFormatError(
+            f"no such folder, and the hub did not give a repository of this name ({type(error).__name__})", file=path
+        ) from error
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration, by transformers.
+
+    Raises:
+        ModelConfigError: no readable config.json, or a model type transformers does not know.
+        RemoteCodeError: the checkpoint needs its own code and `trust_remote_code` is off.
+    """
+    file = directory / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelConfigError("the folder has no config.json", file=directory) from error
+    except (OSError, ValueError) as error:
+        raise ModelConfigError(f"not readable as JSON: {error}", file=file) from error
+    if not isinstance(raw, dict):
+        raise ModelConfigError(f"must be a JSON object, found {type(raw).__name__}", file=file)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        if "auto_map" in raw and not trust_remote_code:
+            raise RemoteCodeError(
+                "the model's code lies in the checkpoint; allow it with trust_remote_code if you trust its author",
+                file=file,
+                tensor="auto_map",
+            ) from error
+        raise ModelConfigError(f"transformers cannot read it: {error}", file=file) from error
+
+
+def build_skeleton(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    file: Path | None = None,
+) -> PreTrainedModel:
+    """The causal language model of a configuration: parameters on the meta device, buffers real.
+
+    Raises:
+        ModelConfigError: transformers has no causal language model for it, or cannot build one from its values.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
+        raise ModelConfigError(f"transformers cannot build the model: {error}", file=file) from error
+    return model.eval()
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Checkpoint, PreTrainedModel]:
+    """A checkpoint and the weightless model it belongs to; reads headers and scales only.
+
+    Raises:
+        CheckpointError: the class that names the broken rule.
+    """
+    directory = resolve_checkpoint(path, revision=revision)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(config, dtype=dtype, trust_remote_code=trust_remote_code, file=directory / "config.json")
+    return open_checkpoint(directory, skeleton), skeleton
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    numerics: Numerics | str = "integer",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Load a wNa8o8 checkpoint as a transformers model.
+
+    Args:
+        path: a local folder, or a hub id.
+        device: where the model goes.
+        dtype: of activations and unquantized tensors; None takes the checkpoint's own.
+        numerics: `"integer"` (what the phone computes) or `"emulated"` (what vLLM and Hugging Face compute).
+        revision: of the hub repository.
+        trust_remote_code: allow the checkpoint's own Python code to run. Never needed for supported models.
+        progress: called with the bytes read and the bytes in all.
+
+    Returns:
+        The model, in eval mode, with its generation configuration.
+
+    Raises:
+        CheckpointError: the class that names the broken rule; nothing is left half-loaded.
+    """
+    chosen = Numerics(numerics)
+    checkpoint, model = open_model(path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    with checkpoint:
+        _place(checkpoint, model, torch.device(device), chosen, progress)
+    if (checkpoint.directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    model.name_or_path = str(path)
+    return model
+
+
+def _place(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    device: torch.device,
+    numerics: Numerics,
+    progress: Progress | None,
+) -> None:
+    """Replace the quantized modules and fill in every plain tensor."""
+    total = sum(m.weight_bytes for m in checkpoint.modules.values()) + sum(
+        model.get_parameter_or_buffer(name).nbytes for name in checkpoint.plain
+    )
+    done = 0
+    dtype = model.dtype
+    for name, module in checkpoint.modules.items():
+        layer = _layer(checkpoint, module, model.get_submodule(name), dtype, numerics, device)
+        model.set_submodule(name, layer)
+        done += module.weight_bytes
+        if progress is not None:
+            progress(done, total)
+    for name in checkpoint.plain:
+        done += _place_plain(model, name, checkpoint.read_plain(name), device)
+        if progress is not None:
+            progress(done, total)
+    for head, source in checkpoint.tied.items():
+        model.set_submodule(head, _tied_head(model.get_submodule(source), numerics, checkpoint, head))
+    _tie_plain(model)
+    missing = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if missing:
+        raise MissingTensorError(
+            "the checkpoint has no value for it", file=checkpoint.directory, tensor=", ".join(missing[:5])
+        )
+    for module_ in model.modules():
+        for leaf, buffer in module_._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module_._buffers[leaf] = buffer.to(device)
+
+
+def _tie_plain(model: PreTrainedModel) -> None:
+    """Share the parameters the architecture ties, where both sides are still plain and one of them is empty."""
+    for target, source in model.all_tied_weights_keys.items():
+        path, _, leaf = target.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        given: Any = model.get_submodule(source.rpartition(".")[0])
+        if leaf in owner._parameters and owner._parameters[leaf].is_meta and leaf in given._parameters:
+            owner._parameters[leaf] = given._parameters[leaf]
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _layer(
+    checkpoint: Checkpoint,
+    module: QuantizedModule,
+    original: nn.Module,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    device: torch.device,
+) -> QuantLinear | QuantEmbedding:
+    tensors = checkpoint.read(module.name)
+    weight = module.scheme.weight
+    if module.kind is Kind.EMBEDDING:
+        if type(original) is not nn.Embedding and not hasattr(original, "scalar_embed_scale"):
+            raise UnsupportedFormatError(
+                f"{type(original).__name__} does more than look up rows, and bytelane does not know what",
+                file=checkpoint.directory,
+                tensor=module.name,
+            )
+        return QuantEmbedding(
+            tensors.rows.to(device),
+            tensors.weight_scale.to(device),
+            embedding_dim=module.shape[1],
+            num_bits=weight.num_bits,
+            group_size=weight.group_size,
+            embed_scale=float(getattr(original, "scalar_embed_scale", 1.0)),
+            dtype=dtype,
+        )
+    return QuantLinear(
+        # A copy of its own: the rows are streamed every token, and must not fault on a file that changes underneath.
+        tensors.rows.to(device, copy=True),
+        tensors.weight_scale.to(device),
+        in_features=module.shape[1],
+        num_bits=weight.num_bits,
+        group_size=weight.group_size,
+        input_scale=tensors.input_scale,
+        output_scale=tensors.output_scale,
+        bias=None if tensors.bias is None else tensors.bias.to(device),
+        numerics=numerics,
+    )
+
+
+def _tied_head(source: nn.Module, numerics: Numerics, checkpoint: Checkpoint, head: str) -> nn.Module:
+    """A head that shares the embedding's codes: weight-only, since tables have no activation scales."""
+    if not isinstance(source, QuantEmbedding):
+        raise UnsupportedFormatError(
+            "a head can share the codes of a quantized embedding only", file=checkpoint.directory, tensor=head
+        )
+    return QuantLinear(
+        source.packed,
+        source.weight_scale,
+        in_features=source.embedding_dim,
+        num_bits=source.num_bits,
+        group_size=source.scheme.weight.group_size,
+        numerics=numerics,
+    )
+
+
+def _place_plain(model: PreTrainedModel, name: str, tensor: torch.Tensor, device: torch.device) -> int:
+    path, _, leaf = name.rpartition(".")
+    owner: Any = model.get_submodule(path)
+    if leaf in owner._parameters:
+        wanted = owner._parameters[leaf].dtype
+        owner._parameters[leaf] = nn.Parameter(tensor.to(device, wanted, copy=True), requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor.to(device, owner._buffers[leaf].dtype, copy=True)
+    return tensor.nbytes

@@ -1,0 +1,277 @@
+"""Activation ranges: what goes into and comes out of each linear layer while the float model reads calibration text.
+
+For every tensor the smallest and the largest value are kept, and, where percentiles are wanted, a histogram of `|x|`
+over the bfloat16 bit patterns. Positive bfloat16 values sort as their bits do, so `x.abs().bfloat16().view(int16)` is
+the index of one of 32768 bins. Activations that are bfloat16 are counted exactly; others are rounded to 8 significant
+bits, a relative error of at most 2^-8. A histogram takes 256 KiB however long the text is.
+
+Layers that read the same tensor (query, key and value; gate and up) share one input range and thereby one input scale,
+so that a runtime which merges them quantizes the tensor once. They are found by the identity of the tensor object
+during a forward pass, not by their names: all inputs are held until the pass ends so that no identity is reused, and a
+tensor's version is part of its identity so that writing to it in place makes it another one. A pass therefore holds the
+inputs of all observed layers for one batch of windows, as training would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+NUM_BINS = 1 << 15
+_INFINITY_BIN = 0x7F80
+CODE_MAX = 127
+"""The code that the end of an activation range falls on."""
+
+
+class CalibrationError(ValueError):
+    """The text gives a layer no usable range."""
+
+
+@dataclass
+class Statistics:
+    """What is known of one tensor, over all tokens so far.
+
+    Attributes:
+        low: smallest value.
+        high: largest value.
+        count: how many values.
+        histogram: int64 `[32768]`, counts of `|x|` by bfloat16 bit pattern; None where it is not kept.
+    """
+
+    low: float = math.inf
+    high: float = -math.inf
+    count: int = 0
+    histogram: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, *, histogram: bool) -> Statistics:
+        """The statistics of one tensor of any shape and floating dtype."""
+        if not x.numel():
+            return cls(histogram=torch.zeros(NUM_BINS, dtype=torch.int64) if histogram else None)
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return cls(low, high, x.numel())  # refused by the caller, which knows the layer
+        bins = None
+        if histogram:
+            patterns = x.detach().abs().to(torch.bfloat16).view(torch.int16).flatten().to(torch.int32)
+            bins = torch.bincount(patterns, minlength=NUM_BINS).cpu()
+        return cls(low, high, x.numel(), bins)
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither NaN nor infinity was seen."""
+        return not self.count or (math.isfinite(self.low) and math.isfinite(self.high))
+
+    def add(self, other: Statistics) -> None:
+        """Take in more values."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.count += other.count
+        if other.histogram is not None:
+            self.histogram = other.histogram + (0 if self.histogram is None else self.histogram)
+
+    def amax(self) -> float:
+        """The largest `|x|`, exact."""
+        return max(abs(self.low), abs(self.high))
+
+    def percentile(self, percent: float) -> float:
+        """The smallest bin value `v` with at least `percent` % of `|x| <= v`, at most `amax`.
+
+        Within a relative 2^-8 of the exact order statistic (exact for bfloat16 activations).
+        """
+        if self.histogram is None:
+            raise ValueError("percentiles need a histogram; observe with histogram=True")
+        wanted = math.ceil(self.count * percent / 100)
+        found = int(torch.searchsorted(self.histogram.cumsum(0), max(wanted, 1)))
+        if found >= _INFINITY_BIN:
+            return self.amax()
+        value = torch.tensor([found], dtype=torch.int16).view(torch.bfloat16)
+        return min(float(value), self.amax())
+
+    def clipped(self, limit: float) -> float:
+        """The share of `|x|` beyond `limit`, 0 to 1, to the resolution of the bins."""
+        if self.amax() <= limit:
+            return 0.0
+        if self.histogram is None:
+            raise ValueError("clip shares need a histogram; observe with histogram=True")
+        pattern = int(torch.tensor([limit]).to(torch.bfloat16).view(torch.int16))
+        return int(self.histogram[pattern + 1 :].sum()) / self.count
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What calibration saw.
+
+    Attributes:
+        inputs: the statistics of each layer's input; layers that share an input share the object.
+        outputs: the statistics of each layer's output.
+        shared: the groups of two or more layers that read the same tensor, in the model's order.
+        tokens: tokens read.
+    """
+
+    inputs: dict[str, Statistics]
+    outputs: dict[str, Statistics]
+    shared: tuple[tuple[str, ...], ...]
+    tokens: int
+
+
+@dataclass
+class _Pass:
+    """The inputs of one forward pass, held so that their identities stay unique."""
+
+    held: dict[tuple[int, int], tuple[Tensor, list[str]]] = field(default_factory=dict)
+
+    def read(self, x: Tensor, name: str) -> None:
+        readers = self.held.setdefault((id(x), x._version), (x, []))[1]
+        if name not in readers:
+            readers.append(name)
+
+
+class Observer:
+    """Hooks on the layers to observe; use as a context manager, run the model inside.
+
+    Args:
+        layers: the layers by name.
+        histogram: keep the histograms that percentiles and clip shares need.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear], *, histogram: bool) -> None:
+        self._layers = layers
+        self._histogram = histogram
+        self._pass = _Pass()
+        self._by_readers: dict[tuple[str, ...], Statistics] = {}
+        self._outputs = {name: Statistics() for name in layers}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._tokens = 0
+
+    def __enter__(self) -> Observer:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(layer.register_forward_hook(self._output_hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._pass.read(args[0], name)
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            self._outputs[name].add(self._statistics(output, name, "output"))
+
+        return hook
+
+    def _statistics(self, x: Tensor, name: str, side: str) -> Statistics:
+        found = Statistics.of(x, histogram=self._histogram)
+        if not found.finite:
+            raise CalibrationError(
+                f"{name}: its {side} holds NaN or infinity in the float model; run it in a wider dtype (dtype=float32)"
+            )
+        return found
+
+    def end_pass(self, tokens: int) -> None:
+        """Count the inputs of the forward pass that just ended, once for each set of layers that read them."""
+        for x, readers in self._pass.held.values():
+            key = tuple(readers)
+            self._by_readers.setdefault(key, Statistics()).add(self._statistics(x, key[0], "input"))
+        self._pass = _Pass()
+        self._tokens += tokens
+
+    def result(self) -> Observations:
+        """Unite the readers over all passes.
+
+        Raises:
+            CalibrationError: the text never reached a layer.
+        """
+        group = {name: name for name in self._layers}  # union-find, by the earliest layer
+
+        def root(name: str) -> str:
+            while group[name] != name:
+                name = group[name]
+            return name
+
+        order = {name: i for i, name in enumerate(self._layers)}
+        for readers in self._by_readers:
+            roots = sorted({root(name) for name in readers}, key=order.__getitem__)
+            group.update(dict.fromkeys(roots, roots[0]))
+        united = {name: Statistics() for name in self._layers if group[name] == name}
+        for readers, statistics in self._by_readers.items():
+            united[root(readers[0])].add(statistics)
+        inputs = {name: united[root(name)] for name in self._layers}
+        missed = [name for name in self._layers if not inputs[name].count]
+        if missed:
+            raise CalibrationError(
+                f"the calibration text never reached {len(missed)} layer(s), first {missed[0]}; add text that does, "
+                f"or leave them unquantized with an `ignore` pattern"
+            )
+        members = {head: tuple(name for name in self._layers if root(name) == head) for head in united}
+        shared = tuple(names for names in members.values() if len(names) > 1)
+        return Observations(inputs, dict(self._outputs), shared, self._tokens)
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    windows: Iterable[Tensor],
+    names: Sequence[str],
+    *,
+    histogram: bool,
+    progress: Callable[[int], None] | None = None,
+) -> Observations:
+    """Run the float model over windows and collect the ranges of its linear layers.
+
+    Args:
+        model: a causal language model; its training mode is restored afterwards.
+        windows: int64 `[length]` token ids each, read one at a time.
+        names: the `nn.Linear` modules to observe.
+        histogram: keep histograms: needed for percentiles.
+        progress: called with the number of windows read so far.
+
+    Raises:
+        CalibrationError: a layer was never reached, or held NaN or infinity.
+    """
+    layers = {name: _linear(model, name) for name in names}
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with Observer(layers, histogram=histogram) as observer:
+            for done, window in enumerate(windows, start=1):
+                model(input_ids=window[None].to(device), use_cache=False)
+                observer.end_pass(window.numel())
+                if progress is not None:
+                    progress(done)
+    finally:
+        model.train(training)
+    return observer.result()
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}; only nn.Linear layers are observed")
+    return module
+
+
+def range_scale(limit: float, name: str, side: str) -> Tensor:
+    """The symmetric scale of a range: float32 `[]`, `limit / 127`.
+
+    Raises:
+        CalibrationError: the limit gives no positive, normal float32 scale.
+    """
+    scale = torch.tensor(limit, dtype=torch.float32) / CODE_MAX
+    if not float(scale) >= torch.finfo(torch.float32).tiny:
+        raise CalibrationError(
+            f"{name}: the range of its {side} is {limit}, too small for a scale; use a higher percentile or minmax, "
+            f"or leave the side unquantized with a `no_{side}` pattern"
+        )
+    return scale
