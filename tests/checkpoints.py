@@ -6,6 +6,8 @@ breaks one thing and writes the files; packing is done with Python integers, so 
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import struct
 from dataclasses import dataclass, field
@@ -37,6 +39,13 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 def skeleton_of(config: LlamaConfig) -> PreTrainedModel:
+    """The model without weights; one for all tests, since nothing changes it."""
+    return _skeleton(config.to_json_string(use_diff=False))
+
+
+@functools.cache
+def _skeleton(config_json: str) -> PreTrainedModel:
+    config = LlamaConfig(**json.loads(config_json))
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config)
 
@@ -109,7 +118,18 @@ class HandMade:
         return directory
 
 
-def hand_made(
+def hand_made(*arguments: Any, **options: Any) -> HandMade:
+    """A valid checkpoint, free to be changed: see `_make`."""
+    key = tuple(sorted(options.items(), key=lambda item: item[0]))
+    return copy.deepcopy(_cached(arguments, key))
+
+
+@functools.cache
+def _cached(arguments: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> HandMade:
+    return _make(*arguments, **dict(options))
+
+
+def _make(
     storage: str = COMPRESSED,
     bits: int = 4,
     *,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import bytelane
+import oracle
 from bytelane import QuantEmbedding, QuantLinear, errors, numerics
 from bytelane.packing import pack_rows
 from bytelane.scheme import code_range

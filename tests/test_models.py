@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import bytelane
+import oracle
+import tiny
 from bytelane import QuantEmbedding, QuantLinear, errors
 from bytelane.scheme import EmbeddingScheme, LinearScheme, WeightScheme
 

@@ -43,6 +43,11 @@ def tensor(array, dtype: torch.dtype | None = None) -> torch.Tensor | None:
     return array if dtype is None else array.to(dtype)
 
 
+def around(x: np.ndarray) -> np.ndarray:
+    """float32 values and the two neighbours of each: decisions that hang on one last bit."""
+    return np.concatenate([x, np.nextafter(x, F32(np.inf)), np.nextafter(x, F32(-np.inf))])
+
+
 def random_codes(rng: np.random.Generator, shape: tuple[int, ...], bits: int) -> np.ndarray:
     return rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int8)
 
@@ -124,7 +129,7 @@ def test_quantize_exact_half_steps(s_in):
     halves = np.arange(-140, 140).astype(F32) + F32(0.5)
     x = (halves / inverse).astype(F32)
     # The product that decides is x * f32(1 / s_in): look for a half step among the neighbours of the quotient.
-    x = np.concatenate([x, np.nextafter(x, F32(np.inf)), np.nextafter(x, F32(-np.inf))])
+    x = around(x)
     ties = np.abs(x * inverse) % 1 == 0.5
     assert ties.sum() > 100
     even = 2 * np.round((x * inverse)[ties].astype(np.float64) / 2)
@@ -244,6 +249,62 @@ def test_bias_codes():
     assert codes.dtype == torch.int32
     np.testing.assert_array_equal(codes.numpy(), wanted)
     np.testing.assert_array_equal(oracle.bias_codes(bias, weight_scale, s_in), wanted)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_requantize_next_to_half_steps(biased):
+    """Sums of up to 2^26 next to a half step of the output, where the place of every rounding shows.
+
+    Each rival below is a formula that looks the same; data on which one of them agreed would not have tested it.
+    """
+    rng = np.random.default_rng(11)
+    n = 20000
+    weight_scale, s_in = rng.uniform(0.5, 1, (n, 1)).astype(F32), F32(0.0371)
+    s_out = F32(s_in * 2.0**26 / 128)
+    unit = s_in * weight_scale[:, 0]
+    r = unit / s_out
+    total = np.rint((rng.integers(-120, 120, n) + 0.5) / r.astype(np.float64)).astype(np.int64) + rng.integers(-2, 3, n)
+    bias = (rng.integers(-(2**27), 2**27, n) * unit).astype(F32) if biased else None
+    b = oracle.bias_codes(bias, weight_scale, s_in) if biased else np.zeros(n, np.int64)
+    acc = (total - b)[None, :, None]
+    y = numerics.requantize(
+        tensor(acc.astype(np.int32)), tensor(weight_scale), tensor(s_in), tensor(s_out), tensor(bias), torch.float32
+    )
+    assert_same_bits(y, oracle.requantize(acc, weight_scale, s_in, s_out, bias))
+    codes, a = oracle.requantize_codes(acc, weight_scale, s_in, s_out, bias)[0], total.astype(F32)
+    rivals = {
+        "s_in * (s_w / s_out)": a * (s_in * (weight_scale[:, 0] / s_out)),
+        "(s_in / s_out) * s_w": a * ((s_in / s_out) * weight_scale[:, 0]),
+        "dequantize, then divide": a * unit / s_out,
+        "double": total * r.astype(np.float64),
+    }
+    if biased:
+        rivals["bias rounded alone"] = (acc[0, :, 0].astype(F32) + b.astype(F32)) * r
+        rivals["float bias"] = acc[0, :, 0].astype(F32) * r + bias / s_out
+    for name, value in rivals.items():
+        assert (np.rint(value) != codes).any(), name
+
+
+def test_bias_codes_next_to_half_steps():
+    """The bias is divided by its unit: the product with a reciprocal rounds elsewhere."""
+    rng = np.random.default_rng(12)
+    weight_scale, s_in = np.tile(random_scales(rng, (4000, 1), False), (3, 1)), F32(0.021)
+    unit = s_in * weight_scale[:, 0]
+    bias = around(((rng.integers(-500, 500, 4000) + 0.5) * unit[:4000]).astype(F32))
+    codes = numerics.bias_codes(tensor(bias), tensor(s_in), tensor(weight_scale)).numpy()
+    np.testing.assert_array_equal(codes, oracle.bias_codes(bias, weight_scale, s_in))
+    assert (codes != np.rint(bias * (F32(1) / unit))).any()
+
+
+def test_group_bias_next_to_half_steps():
+    """With several groups the bias joins in units of the output, divided by s_out."""
+    s_out = F32(0.0371)
+    bias = around(((np.arange(-120, 120) + 0.5) * s_out).astype(F32))
+    acc, weight_scale = np.zeros((1, bias.size, 2), np.int32), np.full((bias.size, 2), 0.01, F32)
+    arguments = (weight_scale, F32(0.1), s_out, bias)
+    y = numerics.requantize(tensor(acc), *map(tensor, arguments), torch.float32)
+    assert_same_bits(y, oracle.requantize(acc, *arguments))
+    assert (np.rint(bias * (F32(1) / s_out)) != oracle.requantize_codes(acc, *arguments)).any()
 
 
 # The whole integer layer.

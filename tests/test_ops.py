@@ -84,5 +84,5 @@ def change(position: int, value: Callable[[object], object]) -> tuple[object, ..
     ],
 )
 def test_linear_checks_its_arguments(arguments: tuple[object, ...]) -> None:
-    with pytest.raises(ValueError, match="must be|need|do not fit"):
+    with pytest.raises(ValueError, match=r"must be|need|do not fit"):
         torch.ops.bytelane.linear(*arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import pack_bits, random_codes, words
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,10 @@ from bytelane.packing import (
     unpack_rows,
 )
 from bytelane.scheme import Storage, code_range, row_bytes
+from checkpoints import pack_bits, random_codes, words
+
+# Releases before dense packing put whole codes in a word, so widths that do not divide 32 lie elsewhere there.
+DENSE = pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), 3).shape[1] == 3
 
 widths = st.integers(2, 8)
 shapes = st.tuples(st.integers(0, 5), st.integers(1, 140))
@@ -32,7 +35,7 @@ def codes_of(shape: tuple[int, int], bits: int, seed: int) -> torch.Tensor:
     return random_codes(shape, bits, torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(widths, shapes, st.integers(0, 2**32))
 def test_rows_are_the_documented_bit_stream(bits: int, shape: tuple[int, int], seed: int) -> None:
     codes = codes_of(shape, bits, seed)
@@ -43,7 +46,7 @@ def test_rows_are_the_documented_bit_stream(bits: int, shape: tuple[int, int], s
     assert torch.equal(unpack_rows(rows, bits, shape[1]), codes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(widths, shapes, st.booleans(), st.integers(0, 2**32))
 def test_int32_round_trip_dense_and_padded(bits: int, shape: tuple[int, int], padded: bool, seed: int) -> None:
     codes = codes_of(shape, bits, seed)
@@ -53,8 +56,12 @@ def test_int32_round_trip_dense_and_padded(bits: int, shape: tuple[int, int], pa
     assert torch.equal(rows_from_int32(packed, bits, shape[1]), pack_rows(codes, bits))
 
 
-@settings(max_examples=150, deadline=None)
-@given(widths, st.tuples(st.integers(1, 5), st.integers(1, 140)), st.integers(0, 2**32))
+@settings(max_examples=80, deadline=None)
+@given(
+    widths if DENSE else st.sampled_from((2, 4, 8)),
+    st.tuples(st.integers(1, 5), st.integers(1, 140)),
+    st.integers(0, 2**32),
+)
 def test_parity_with_compressed_tensors(bits: int, shape: tuple[int, int], seed: int) -> None:
     codes = codes_of(shape, bits, seed)
     theirs = pack_to_int32(codes, bits)

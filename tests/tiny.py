@@ -7,8 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Gemma4TextConfig, LlamaConfig, PretrainedConfig
-from transformers import Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from bytelane.checkpoint import KVScales, QuantizedModule, QuantizedTensors, write_checkpoint
 from bytelane.packing import pack_rows

@@ -121,10 +121,11 @@ void narrow(const float* values, Dtype dtype, void* y, std::int64_t count) {
     std::memcpy(y, out, count * sizeof(std::uint16_t));
 }
 
+// Two loops, because in one GCC packs the comparisons' masks down to bytes, which costs more than the arithmetic.
 inline void quantize_chunk(const float* x, float inverse, std::int8_t* q) {
-    for (int i = 0; i < kChunk; ++i) {
-        q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(round_small(clamp_nan_high(x[i] * inverse))));
-    }
+    float rounded[kChunk];
+    for (int i = 0; i < kChunk; ++i) rounded[i] = round_small(clamp_nan_high(x[i] * inverse));
+    for (int i = 0; i < kChunk; ++i) q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(rounded[i]));
 }
 
 template <class Isa>

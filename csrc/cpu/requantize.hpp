@@ -24,7 +24,7 @@ namespace bytelane::cpu {
 namespace {
 
 constexpr std::int64_t kPanel = kChunk;
-constexpr int kStep = 16;  // channels a vector loop takes at once; a panel is a whole number of them
+constexpr std::int64_t kStep = 16;  // channels of one vector, or more; a panel is a whole number of them
 
 // What requantizing a panel needs, computed once and used for every m.
 struct PanelScales {
@@ -83,31 +83,30 @@ inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0,
     }
 }
 
-// One row of a panel: acc [groups][kPanel] to `count` outputs at y.
+// One row of a panel: acc [groups][kPanel] to `count` outputs at y. The loops run to a whole number of vectors; they
+// must not have a constant length, or GCC unrolls them completely before it looks for vectors.
 template <class Isa>
-void finish_panel(const std::int32_t* acc, const PanelScales& p, const Output& o, std::int64_t groups,
+void finish_panel(const std::int32_t* __restrict acc, const PanelScales& p, const Output& o, std::int64_t groups,
                   std::int64_t count, void* y) {
     const bool quantized = o.output_scale != nullptr;
     const bool float_bias = o.bias != nullptr && !(quantized && groups == 1);
     const float s_out = quantized ? *o.output_scale : 1.0f;
+    const std::int64_t whole = ceil_div(count, kStep) * kStep;
+    const float* __restrict scale = p.scale;
     alignas(64) float total[kPanel];
-    for (std::int64_t n0 = 0; n0 < count; n0 += kStep) {
-        float* t = total + n0;
-        for (int n = 0; n < kStep; ++n) {
-            const std::uint32_t biased =
-                static_cast<std::uint32_t>(acc[n0 + n]) + static_cast<std::uint32_t>(p.bias_codes[n0 + n]);
-            t[n] = static_cast<float>(static_cast<std::int32_t>(biased)) * p.scale[n0 + n];
-        }
-        for (std::int64_t g = 1; g < groups; ++g) {
-            const std::int64_t at = g * kPanel + n0;
-            for (int n = 0; n < kStep; ++n) t[n] = t[n] + static_cast<float>(acc[at + n]) * p.scale[at + n];
-        }
-        if (float_bias) {
-            for (int n = 0; n < kStep; ++n) t[n] = t[n] + p.bias[n0 + n];
-        }
-        if (quantized) {
-            for (int n = 0; n < kStep; ++n) t[n] = round_small(clamp_keep_nan(t[n])) * s_out;
-        }
+    for (std::int64_t n = 0; n < whole; ++n) {
+        const std::uint32_t biased = static_cast<std::uint32_t>(acc[n]) + static_cast<std::uint32_t>(p.bias_codes[n]);
+        total[n] = static_cast<float>(static_cast<std::int32_t>(biased)) * scale[n];
+    }
+    for (std::int64_t g = 1; g < groups; ++g) {
+        const std::int64_t at = g * kPanel;
+        for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + static_cast<float>(acc[at + n]) * scale[at + n];
+    }
+    if (float_bias) {
+        for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + p.bias[n];
+    }
+    if (quantized) {
+        for (std::int64_t n = 0; n < whole; ++n) total[n] = round_small(clamp_keep_nan(total[n])) * s_out;
     }
     narrow<Isa>(total, o.dtype, y, count);
 }
@@ -132,8 +131,12 @@ void requantize(const Requantize& args) {
             prepare_panel(args.output, args.groups, n0, count, scales);
             for (std::int64_t m = 0; m < args.m; ++m) {
                 const std::int32_t* in = args.acc + (m * args.n + n0) * args.groups;
-                for (std::int64_t n = 0; n < count; ++n) {
-                    for (std::int64_t g = 0; g < args.groups; ++g) acc[g * kPanel + n] = in[n * args.groups + g];
+                if (args.groups == 1) {
+                    std::memcpy(acc, in, count * sizeof *acc);
+                } else {
+                    for (std::int64_t n = 0; n < count; ++n) {
+                        for (std::int64_t g = 0; g < args.groups; ++g) acc[g * kPanel + n] = in[n * args.groups + g];
+                    }
                 }
                 auto* y = static_cast<std::uint8_t*>(args.output.y) +
                           (m * args.n + n0) * element_bytes(args.output.dtype);

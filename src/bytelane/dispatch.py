@@ -183,7 +183,7 @@ def select(op: str, device: str, dtype: torch.dtype, num_bits: int, group_size: 
 def explain(problem: Problem) -> Choice:
     """The kernel for a problem, with the reason of every row passed over on the way."""
     rows = [kernel for kernel in TABLE if kernel.op == problem.op]
-    refused = []
+    refused: list[tuple[Kernel, str]] = []
     for position, kernel in enumerate(rows):
         reason = kernel.refusal(problem, machine())
         if reason is None:

@@ -145,3 +145,10 @@ class NotRepresentableError(CheckpointError):
 
 class OutputExistsError(CheckpointError):
     """The output folder exists and is not empty."""
+
+
+# --- making ------------------------------------------------------------------------------------------------------
+
+
+class QuantizeError(ValueError):
+    """Base of what can be wrong with a recipe or with the text a model is observed or judged on."""

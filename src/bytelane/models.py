@@ -2,9 +2,9 @@
 
 `load_model` builds the architecture without weights (parameters on the meta device, buffers real, so rotary tables and
 the like come out of the model's own constructor), reads the checkpoint's headers and refuses it there if anything is
-wrong, then puts a `QuantLinear` or `QuantEmbedding` in place of each quantized module and streams the tensors in. A dense
-copy of a quantized weight never exists. The result is an ordinary transformers model: `generate`, chat templates and
-streamers work as they do on any other.
+wrong, then puts a `QuantLinear` or `QuantEmbedding` in place of each quantized module and streams the tensors in. A
+dense copy of a quantized weight never exists. The result is an ordinary transformers model: `generate`, chat templates
+and streamers work as they do on any other.
 """
 
 from __future__ import annotations

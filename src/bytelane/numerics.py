@@ -39,6 +39,12 @@ from torch import Tensor
 QMIN, QMAX = -128, 127
 
 
+def _round_to_int8(scaled: Tensor) -> Tensor:
+    """`clamp(rne(v), -128, 127)` as int8; NaN gives 127. Through int8, so that no negative zero comes back out."""
+    scaled = torch.where(torch.isnan(scaled), QMAX, scaled)
+    return torch.clamp(torch.round(scaled), QMIN, QMAX).to(torch.int8)
+
+
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """Float activations to int8 codes.
 
@@ -49,9 +55,7 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
     Returns:
         int8 codes of the shape of `x`.
     """
-    scaled = x.to(torch.float32) * torch.reciprocal(scale.to(torch.float32)).reshape(())
-    scaled = torch.where(torch.isnan(scaled), QMAX, scaled)
-    return torch.clamp(torch.round(scaled), QMIN, QMAX).to(torch.int8)
+    return _round_to_int8(x.to(torch.float32) * torch.reciprocal(scale.to(torch.float32)).reshape(()))
 
 
 def accumulate(q: Tensor, codes: Tensor, group_size: int = 0) -> Tensor:
@@ -69,15 +73,18 @@ def accumulate(q: Tensor, codes: Tensor, group_size: int = 0) -> Tensor:
         int32 `[M, out, groups]`.
     """
     m, in_features = q.shape
-    size = group_size or max(in_features, 1)
-    groups = max(in_features // size, 1)
-    left = q.to(torch.float64).reshape(m, groups, -1).transpose(0, 1)
-    right = codes.to(torch.float64).reshape(codes.shape[0], groups, -1).permute(1, 2, 0)
+    size = group_size or in_features
+    groups = in_features // group_size if group_size else 1
+    left = q.to(torch.float64).reshape(m, groups, size).transpose(0, 1)
+    right = codes.to(torch.float64).reshape(codes.shape[0], groups, size).permute(1, 2, 0)
     return torch.bmm(left, right).permute(1, 2, 0).to(torch.int32)
 
 
 def bias_codes(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """The int32 bias of a layer with one scale per channel: `rne(bias / f32(s_in * s_w))`, int32 `[out]`."""
+    """The int32 bias of a layer with one scale per channel: `rne(bias / f32(s_in * s_w))`, int32 `[out]`.
+
+    A bias that could take the accumulator out of int32 has no value here; layers refuse it when they are built.
+    """
     unit = input_scale.to(torch.float32).reshape(()) * weight_scale.to(torch.float32)[:, 0]
     return torch.round(bias.to(torch.float32) / unit).to(torch.int32)
 
@@ -117,7 +124,7 @@ def requantize(
         return (total if bias is None else total + bias.to(torch.float32)).to(dtype)
     if bias is not None and groups > 1:
         total = total + bias.to(torch.float32) / s_out
-    return (torch.clamp(torch.round(total), QMIN, QMAX) * s_out).to(dtype)
+    return (_round_to_int8(total).to(torch.float32) * s_out).to(dtype)
 
 
 def linear_integer(

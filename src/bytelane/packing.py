@@ -10,8 +10,8 @@ the unsigned `u = w + 2^(N-1)`, takes bits `i*N .. i*N+N-1`. A row starts on a b
 These *rows* are bytelane's canonical form, in memory and for the kernels. The storages are the same bytes in other
 clothes, on a little-endian machine:
 
-- compressed-tensors `pack-quantized`: the rows, zero-padded to whole int32 words (or, by some writers, to the words of a
-  multiple of 32 codes);
+- compressed-tensors `pack-quantized`: the rows, zero-padded to whole int32 words (or, by some writers, to the words of
+  a multiple of 32 codes);
 - compressed-tensors `int-quantized` and Gemma 8-bit: signed int8, the 8-bit rows with the top bit flipped;
 - Gemma 2- and 4-bit: the rows themselves.
 

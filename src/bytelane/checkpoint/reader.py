@@ -275,7 +275,7 @@ class _Opening:
         info = self._claim(layout.scale, ("F32",) if layout.storage is Storage.GEMMA else FLOATS, "weight scale")
         with _located(self.files.path(layout.scale)):
             weight = WeightScheme(layout.num_bits, self._group_size(layout, info))
-        with _located(self.files.path(layout.scale), layout.name):
+        with _located(self.files.directory / CONFIG_NAME, layout.name):
             groups = weight.groups(columns)
         with _located(self.files.path(layout.scale)):
             scale = weight_scales(self.files.tensor(layout.scale), layout.shape[0], groups, layout.scale)

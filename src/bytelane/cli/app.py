@@ -52,12 +52,12 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; never returns."""
-    from bytelane.errors import CheckpointError
+    from bytelane.errors import CheckpointError, QuantizeError
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(args=arguments, prog_name="bytelane")
-    except CheckpointError as error:
+    except (CheckpointError, QuantizeError) as error:
         _fail(arguments, type(error).__name__, str(error), 2)
     except KeyboardInterrupt:
         _fail(arguments, "Interrupted", "interrupted; nothing was left half-written", 130)

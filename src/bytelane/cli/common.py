@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 import typer
@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from bytelane.cli.output import progress
 from bytelane.generation import load_tokenizer
 from bytelane.models import load_model, resolve_checkpoint
+from bytelane.quantize.text import Split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,6 +38,19 @@ def check_numerics(name: str) -> str:
     if name not in ("integer", "emulated"):
         raise typer.BadParameter(f"must be integer or emulated, found {name}", param_hint="--numerics")
     return name
+
+
+def check_split(name: str) -> Split:
+    """A `--split`, refused if it is none of the three."""
+    if name not in get_args(Split):
+        raise typer.BadParameter(f"must be one of {', '.join(get_args(Split))}, found {name}", param_hint="--split")
+    return cast(Split, name)
+
+
+def source_folder(source: str) -> Path:
+    """A float model's place: a folder or GGUF file as it is, or a hub id fetched."""
+    path = Path(source).expanduser()
+    return path if path.exists() else resolve_checkpoint(source)
 
 
 def set_threads(threads: int | None) -> None:

@@ -143,7 +143,7 @@ def explain(
             grouped = scheme.weight.group_size or 0 if op == "linear" else 0
             problem = Problem(op, device, skeleton.dtype, scheme.weight.num_bits, grouped, m)
             groups.setdefault((problem, scheme.label), []).append(module.name)
-    result = []
+    result: list[dict[str, Any]] = []
     for (problem, label), names in groups.items():
         choice = explain_problem(problem)
         result.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,10 +223,12 @@ def evaluate(
 
     Example: `bytelane eval ./my-model-w8a8o8 wiki.txt --reference ./my-model`
     """
-    from bytelane.cli.common import load, parse_dtype
+    import torch
+
+    from bytelane.cli.common import check_split, load, parse_dtype, source_folder
     from bytelane.evaluate import perplexity
     from bytelane.quantize.pipeline import load_float_model
-    from bytelane.quantize.text import read_documents, windows
+    from bytelane.quantize.text import read_files, windows
 
     runs = ["integer", *(["emulated"] if emulated else [])]
     results: list[dict[str, Any]] = []
@@ -235,18 +238,21 @@ def evaluate(
             model, numerics=numerics, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
         )
         if made is None:
-            made = windows(tokenizer, read_documents(text, split=split), window=window, max_tokens=max_tokens)
+            documents = read_files(text, check_split(split))
+            made = windows(tokenizer, documents, length=window, limit=max(1, max_tokens // window))
         with progress(f"{numerics} perplexity") as report:
             found = perplexity(loaded, made, progress=report)
-        results.append({"model": str(directory), "numerics": numerics, **found.as_dict()})
+        results.append({"model": str(directory), "numerics": numerics, **asdict(found)})
         del loaded
     assert made is not None
     if reference is not None:
-        float_model, _ = load_float_model(reference, gguf_file=gguf, dtype=parse_dtype(dtype))
+        float_model, _ = load_float_model(
+            source_folder(reference), gguf_file=gguf, dtype=parse_dtype(dtype) or torch.bfloat16, device=device
+        )
         with progress("reference perplexity") as report:
-            found = perplexity(float_model.to(device), made, progress=report)
+            found = perplexity(float_model, made, progress=report)
         results.append(
-            {"model": reference, "numerics": str(float_model.dtype).removeprefix("torch."), **found.as_dict()}
+            {"model": reference, "numerics": str(float_model.dtype).removeprefix("torch."), **asdict(found)}
         )
     base = results[-1]["perplexity"]
     for r in results:

@@ -27,7 +27,7 @@ CODE_MAX = 127
 """The code that the end of an activation range falls on."""
 
 
-class CalibrationError(ValueError):
+class CalibrationError(QuantizeError):
     """The text gives a layer no usable range."""
 
 
@@ -149,7 +149,7 @@ class Observer:
 
     def __enter__(self) -> Observer:
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(layer.register_forward_pre_hook(self._input_hook(name), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._output_hook(name)))
         return self
 
@@ -158,9 +158,9 @@ class Observer:
             handle.remove()
         self._handles.clear()
 
-    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._pass.read(args[0], name)
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            self._pass.read(args[0] if args else kwargs["input"], name)
 
         return hook
 

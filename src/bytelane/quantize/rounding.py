@@ -2,8 +2,8 @@
 
 For a row (or a group of a row) `w` and a width N with codes `qmin = -2^(N-1) .. qmax = 2^(N-1)-1`, in float32:
 
-    s = max(max(w) / qmax, min(w) / qmin)          both ends of the code range are used: the lower one reaches further
-    c = clamp(rne(w / s), qmin, qmax)              rne rounds half to even; the clamp only catches the division's rounding
+    s = max(max(w) / qmax, min(w) / qmin)      both ends of the range count: the lower reaches further
+    c = clamp(rne(w / s), qmin, qmax)              rne rounds half to even
 
 so `|c * s - w| <= s / 2`, up to float32 rounding. A row of zeros fits every scale: it gets the largest one of its
 tensor (1.0 where all rows are zero), because the phone's runtime refuses a scale of 0, and a scale unlike the others
@@ -59,7 +59,7 @@ def round_to_nearest(weight: Tensor, scheme: WeightScheme, name: str = "weight")
     chunks = [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
     def grouped(start: int, stop: int) -> Tensor:
-        return weight[start:stop].detach().to(torch.float32).unflatten(1, (groups, -1))
+        return weight[start:stop].detach().to(torch.float32).reshape(stop - start, groups, -1)
 
     scale = torch.cat([_row_scales(grouped(*chunk), scheme.num_bits) for chunk in chunks])
     if not bool(torch.isfinite(scale).all()):

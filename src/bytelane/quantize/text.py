@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bytelane.errors import FileFormatError
+from bytelane.errors import FileFormatError, QuantizeError
 
 Split = Literal["calibration", "evaluation", "all"]
 
@@ -38,7 +38,7 @@ JOINER = "\n\n"
 _ELEMENT = re.compile(r"^<doc [^>\n]*>\n?(.*?)^</doc>", re.DOTALL | re.MULTILINE)
 
 
-class TextError(ValueError):
+class TextError(QuantizeError):
     """The text cannot be used: nothing in it, or too little for one window."""
 
 

@@ -1,0 +1,174 @@
+"""`quantize` and `convert`: make a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bytelane.cli.output import JsonOption, ModelArgument, ThreadsOption, TrustOption, emit, progress, size, steps
+
+if TYPE_CHECKING:
+    from bytelane.quantize import QuantizationReport
+
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")]
+
+
+def convert(
+    model: ModelArgument,
+    out: OutputArgument,
+    to: Annotated[str, typer.Option("--to", help="**compressed-tensors** or **gemma**.")],
+    drop_kv_scales: Annotated[
+        bool, typer.Option("--drop-kv-scales", help="Leave the KV-cache scales out, for runtimes that refuse them.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    json_output: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write a checkpoint in the other storage without touching a code.
+
+    Codes and scale values are copied, never recomputed, so converting back gives the same tensors. What the target has
+    no place for is said; a module it cannot hold is an error, and nothing is written.
+    """
+    from bytelane.checkpoint import convert_checkpoint
+    from bytelane.cli.common import quiet
+    from bytelane.models import open_model
+
+    quiet()
+    checkpoint, _ = open_model(model, trust_remote_code=trust_remote_code)
+    with checkpoint, progress("converting") as report:
+        done = convert_checkpoint(
+            checkpoint, out, to, drop_kv_scales=drop_kv_scales, overwrite=overwrite, progress=report
+        )
+    if json_output:
+        emit({"from": str(checkpoint.directory), "to": str(out), "storage": to, **asdict(done)})
+        return
+    lines = [f"wrote {out}: {done.modules} quantized modules and {done.tensors} other tensors, as {to}"]
+    lines += [f"kept  {note}" for note in done.kept]
+    lines += [f"lost  {note}" for note in done.lost or ("nothing",)]
+    print("\n".join(lines))
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A float model: a folder, a GGUF file, or a hub id.")],
+    out: OutputArgument,
+    text: Annotated[
+        list[Path], typer.Option("--text", help="Text to observe the model on (.txt, .utf8, .jsonl); repeatable.")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="A recipe file (JSON), or the name of one that ships. Options below override it."),
+    ] = None,
+    default_bits: Annotated[int | None, typer.Option(help="Weight bits where no --bits pattern matches.")] = None,
+    bits: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=N: weight bits by name, first match wins; repeatable.")
+    ] = None,
+    granularity: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=channel or PATTERN=SIZE: which inputs share a scale; repeatable.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="PATTERN: leave these modules in float; repeatable.")] = None,
+    no_input: Annotated[
+        list[str] | None, typer.Option(help="PATTERN: leave these layers' inputs in float; repeatable.")
+    ] = None,
+    no_output: Annotated[
+        list[str] | None, typer.Option(help="PATTERN: leave these layers' outputs in float; repeatable.")
+    ] = None,
+    embeddings: Annotated[int | None, typer.Option(help="Bits of embedding tables; float when absent.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="**weights** (weight-only, as Gemma's), **full** or **float**.")
+    ] = None,
+    range_: Annotated[
+        str | None, typer.Option("--range", help="Activation ranges: minmax, or a percentile such as 99.99.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="**compressed-tensors** or **gemma**.")] = None,
+    split: Annotated[
+        str, typer.Option(help="For files of `<doc>` elements: **calibration**, **evaluation** or **all**.")
+    ] = "all",
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to observe.")] = 32,
+    gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in SOURCE that holds the weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of what stays float: float32, bfloat16 or float16.")] = "bfloat16",
+    overwrite: OverwriteOption = False,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Make a wNa8o8 checkpoint from a float model and a text.
+
+    The float model reads the text while the range of every layer's input and output is observed; layers that read the
+    same tensor share one input scale. Weights are rounded to nearest. The folder that comes out is complete, or it does
+    not come out at all.
+
+    Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\\.=4' --range 99.99`
+    """
+    from bytelane.cli.common import check_split, parse_dtype, quiet, set_threads, source_folder
+    from bytelane.quantize import Recipe, quantize_checkpoint
+
+    quiet()
+    set_threads(threads)
+    given = {
+        "default_bits": default_bits,
+        "bits": bits,
+        "granularity": granularity,
+        "ignore": ignore,
+        "no_input": no_input,
+        "no_output": no_output,
+        "embeddings": embeddings,
+        "head": head,
+        "range": range_,
+        "storage": storage,
+    }
+    values: dict[str, Any] = {} if recipe is None else Recipe.load(recipe).model_dump(mode="json")
+    values.update({key: value for key, value in given.items() if value is not None})
+    made = Recipe.of(values, "the recipe" if recipe is None else recipe)
+    chosen = parse_dtype(dtype)
+    assert chosen is not None
+    with steps() as report_step:
+        report = quantize_checkpoint(
+            source_folder(source),
+            out,
+            made,
+            text,
+            gguf_file=gguf,
+            split=check_split(split),
+            window=window,
+            max_windows=windows,
+            dtype=chosen,
+            overwrite=overwrite,
+            progress=report_step,
+        )
+    if json_output:
+        emit({"recipe": made.model_dump(mode="json"), **report.to_dict()})
+        return
+    print("\n".join(_summary(report)))
+
+
+def _names(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _summary(report: QuantizationReport) -> list[str]:
+    """The recipe as it was carried out, exceptions first."""
+    labels = ", ".join(f"{count} x {label}" for label, count in report.labels.items())
+    ranges = ", ".join(f"{name} on {count} sides" for name, count in report.ranges.items())
+    exceptions = {
+        "input in float": [r.name for r in report.layers if "a16" in r.label],
+        "output in float": [r.name for r in report.layers if "o16" in r.label],
+        "all in float": list(report.unquantized),
+    }
+    clipped = max((r.output_clipped or 0.0 for r in report.layers), default=0.0)
+    lines = [
+        f"wrote {report.output} as {report.storage} in {report.seconds:.0f} s",
+        f"layers       {labels}",
+        f"ranges       {ranges or 'none'}, from {report.tokens} tokens; "
+        f"{len(report.shared_inputs)} groups of layers share an input scale; at most {clipped:.2%} of an output clipped",
+        f"size         {size(report.float_bytes)} in {size(report.checkpoint_bytes)}, "
+        f"{report.checkpoint_bytes / report.float_bytes:.0%}",
+    ]
+    lines += [f"{what:<13}{len(names)}: {_names(names)}" for what, names in exceptions.items() if names]
+    lines += [f"tied         {h} shares the codes of {e}" for h, e in report.tied.items()]
+    lines += [f"untied       {h} has a weight of its own now" for h in report.untied]
+    return lines
