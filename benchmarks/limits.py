@@ -4,8 +4,9 @@
 
 - Read bandwidth: the fastest of torch's own reductions over a buffer far larger than the caches, best of several. A
   weight that is read once cannot be used faster than this.
-- Dot rate: `accumulate` on a problem that stays in the caches, best of several. It is measured with the kernels
-  themselves, so it says what memory costs them, not how far they are from the processor's peak.
+- Dot rate: `accumulate` on a problem that stays in the caches, best of several, on one thread, times the threads (they
+  share nothing). It is measured with the kernels themselves, so it says what memory and threads cost them, not how far
+  they are from the processor's peak.
 
 The last line of stdout is JSON.
 """
@@ -49,11 +50,14 @@ def read_bandwidth(threads: int, *, quick: bool = False) -> float:
 
 def dot_rate(threads: int, isa: str, num_bits: int, *, quick: bool = False) -> float:
     """Multiply-adds per second of a matmul whose operands stay in the caches."""
-    torch.set_num_threads(threads)
-    m, n, k = 64, 64 * threads, 1024
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    m, n, k = 64, 64, 1024
     q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
     rows = torch.randint(0, 256, (n, k * num_bits // 8), dtype=torch.uint8)
-    return m * n * k / best(lambda: cpu.accumulate(q, rows, num_bits, isa=isa, path="packed"), 20 if quick else 200)
+    fastest = best(lambda: cpu.accumulate(q, rows, num_bits, isa=isa, path="packed"), 20 if quick else 200)
+    torch.set_num_threads(before)
+    return threads * m * n * k / fastest
 
 
 def measure(threads: list[int], isas: tuple[str, ...], *, quick: bool) -> dict[str, object]:

@@ -278,15 +278,14 @@ def test_codes_out_of_range_are_refused_when_read(bits: int, tmp_path: Path) -> 
 
 
 def test_too_many_input_features(tmp_path: Path) -> None:
-    made = hand_made(bits=2, hidden_size=8, num_attention_heads=2, head_dim=4, num_hidden_layers=1, vocab_size=8)
     wide = 131072 + 32
-    down = "model.layers.0.mlp.down_proj"
 
     class Wide(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.down_proj = torch.nn.Linear(wide, 1, bias=False, device="meta")
 
+    made = hand_made(bits=2)
     made.tensors = {
         "down_proj.weight_packed": torch.zeros(1, wide * 2 // 32, dtype=torch.int32),
         "down_proj.weight_shape": torch.tensor([1, wide]),
@@ -295,10 +294,8 @@ def test_too_many_input_features(tmp_path: Path) -> None:
         "down_proj.output_scale": torch.ones(1),
     }
     made.write(tmp_path)
-    with pytest.raises(errors.AccumulatorError, match="131072") as caught:
+    with pytest.raises(errors.AccumulatorError, match=r"model\.safetensors: down_proj: .*131072"):
         open_checkpoint(tmp_path, Wide())
-    assert "down_proj" in str(caught.value)
-    assert down.rpartition(".")[2] in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
@@ -359,6 +356,7 @@ def test_every_truncation_of_a_real_file_is_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     skeleton = skeleton_of(made.model)
     for size in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.unlink()  # never change a file that a map may still show
         file.write_bytes(whole[:size])
         with pytest.raises(errors.TruncatedFileError, match=r"model\.safetensors"):
             open_checkpoint(tmp_path, skeleton)

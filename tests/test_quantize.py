@@ -13,9 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bytelane.checkpoint import open_checkpoint
 from bytelane.errors import CheckpointError, FileFormatError, GroupSizeError, OutputExistsError, ScaleError
-from bytelane.models import load_model
+from bytelane.models import load_model, open_model
 from bytelane.quantize import (
     CalibrationError,
     Head,
@@ -304,12 +303,12 @@ def test_layers_that_read_one_tensor_share_its_range(tokenizer, documents) -> No
 
     direct: dict[str, list[torch.Tensor]] = {}
     target = model.get_submodule(expected[1][0])
-    handle = target.register_forward_hook(
-        lambda _, a, o: (
-            direct.setdefault("in", []).append(a[0].flatten()),
-            direct.setdefault("out", []).append(o.flatten()),
-        )
-    )
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        direct.setdefault("in", []).append(args[0].flatten())
+        direct.setdefault("out", []).append(output.flatten())
+
+    handle = target.register_forward_hook(keep)
     with torch.no_grad():
         for window in used:
             model(window[None])
@@ -442,7 +441,8 @@ def test_a_checkpoint_holds_what_the_report_says(tmp_path, tokenizer, documents)
     assert report.checkpoint_bytes == files
     assert report.float_bytes == 2 * sum(p.numel() for p in model.parameters())
 
-    with open_checkpoint(tmp_path / "out") as checkpoint:
+    checkpoint, _ = open_model(tmp_path / "out")
+    with checkpoint:
         assert set(checkpoint.modules) == set(by_name)
         assert dict(checkpoint.tied) == report.tied
         for name, module in checkpoint.modules.items():
@@ -490,6 +490,8 @@ def test_weight_only_needs_no_text(tmp_path, tokenizer) -> None:
         make_model(), tokenizer, [], Recipe.of({"no_input": [""], "no_output": [""]}), tmp_path / "out"
     )
     assert report.tokens == 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.tokens = 1
     assert set(report.labels) == {"w8a16o16"}
 
 
@@ -520,11 +522,3 @@ def test_from_folder_to_folder(tmp_path, tokenizer, documents) -> None:
         quantize_checkpoint(tmp_path / "absent", tmp_path / "again", Recipe(), [text])
     with pytest.raises(FileFormatError, match="no such GGUF file"):
         quantize_checkpoint(source / "absent.gguf", tmp_path / "again", Recipe(), [text])
-
-
-def test_reports_are_frozen(tmp_path, tokenizer) -> None:
-    report = quantize_model(
-        make_model(), tokenizer, [], Recipe.of({"no_input": [""], "no_output": [""]}), tmp_path / "out"
-    )
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        report.tokens = 1

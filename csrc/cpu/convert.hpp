@@ -3,7 +3,7 @@
 //     q = clamp(rne(f32(x) * f32(1 / s_in)), -128, 127)        NaN and +inf give 127, -inf gives -128
 //
 // Elements are handled in chunks of 64; a shorter tail goes through a zero-filled buffer on the stack, so neither `x`
-// nor `q` needs any alignment or slack.
+// nor `q` needs any slack, and no alignment but that of an element.
 //
 // This and every other header an instruction set's source includes live in an anonymous namespace: the same template
 // is compiled with different flags in each object, and the linker must never merge two of them.
@@ -48,12 +48,6 @@ inline float clamp_nan_high(float value) {
     return value > -128.0f ? value : -128.0f;
 }
 
-// A comparison with NaN is false, and then the value is kept.
-inline float clamp_keep_nan(float value) {
-    value = value > 127.0f ? 127.0f : value;
-    return value < -128.0f ? -128.0f : value;
-}
-
 inline float float_from_half(std::uint16_t half) {
     const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
     const std::uint32_t rest = half & 0x7fffu;
@@ -89,20 +83,18 @@ inline std::uint16_t bfloat_from_float(float value) {
 
 inline std::int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// One chunk of activations as float32; `x` must hold 64 elements.
+// One chunk of activations as float32, in `buffer` or where they already are. `x` holds 64 elements and is read in
+// place: a copy by memcpy is narrower than the loads that follow, and they would wait for it.
 template <class Isa>
-void widen(const void* x, Dtype dtype, float* out) {
-    if (dtype == Dtype::float32) {
-        std::memcpy(out, x, kChunk * sizeof(float));
-        return;
-    }
-    std::uint16_t in[kChunk];
-    std::memcpy(in, x, sizeof in);
+const float* widen(const void* x, Dtype dtype, float* buffer) {
+    if (dtype == Dtype::float32) return static_cast<const float*>(x);
+    const auto* in = static_cast<const std::uint16_t*>(x);
     if (dtype == Dtype::float16) {
-        Isa::widen_half(in, out);
+        Isa::widen_half(in, buffer);
     } else {
-        for (int i = 0; i < kChunk; ++i) out[i] = float_from_bfloat(in[i]);
+        for (int i = 0; i < kChunk; ++i) buffer[i] = float_from_bfloat(in[i]);
     }
+    return buffer;
 }
 
 // One chunk of float32 results in the activation dtype; `count` of them are stored.
@@ -135,15 +127,16 @@ void quantize_span(const void* x, Dtype dtype, std::int64_t count, float inverse
     float values[kChunk];
     std::int64_t i = 0;
     for (; i + kChunk <= count; i += kChunk) {
-        widen<Isa>(in + i * size, dtype, values);
-        quantize_chunk(values, inverse, q + i);
+        quantize_chunk(widen<Isa>(in + i * size, dtype, values), inverse, q + i);
     }
     if (i < count) {
-        std::uint8_t rest[kChunk * sizeof(float)] = {};
+        union {
+            float floats[kChunk];
+            std::uint16_t halves[kChunk];
+        } rest = {};
         std::int8_t codes[kChunk];
-        std::memcpy(rest, in + i * size, (count - i) * size);
-        widen<Isa>(rest, dtype, values);
-        quantize_chunk(values, inverse, codes);
+        std::memcpy(&rest, in + i * size, (count - i) * size);
+        quantize_chunk(widen<Isa>(&rest, dtype, values), inverse, codes);
         std::memcpy(q + i, codes, count - i);
     }
 }

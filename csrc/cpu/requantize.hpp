@@ -106,7 +106,7 @@ void finish_panel(const std::int32_t* __restrict acc, const PanelScales& p, cons
         for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + p.bias[n];
     }
     if (quantized) {
-        for (std::int64_t n = 0; n < whole; ++n) total[n] = round_small(clamp_keep_nan(total[n])) * s_out;
+        for (std::int64_t n = 0; n < whole; ++n) total[n] = round_small(clamp_nan_high(total[n])) * s_out;
     }
     narrow<Isa>(total, o.dtype, y, count);
 }

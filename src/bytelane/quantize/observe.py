@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from bytelane.errors import QuantizeError
+
 NUM_BINS = 1 << 15
 _INFINITY_BIN = 0x7F80
 CODE_MAX = 127
