@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from bytelane.checkpoint import KVScales
 from bytelane.cli import main
 from bytelane.cli.run import _Interrupts

@@ -61,7 +61,9 @@ def quantize(
     ],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="A recipe file (JSON), or the name of one that ships. Options below override it."),
+        typer.Option(
+            "--recipe", help="A recipe file (JSON), or the name of one that ships; the options below override it."
+        ),
     ] = None,
     default_bits: Annotated[int | None, typer.Option(help="Weight bits where no --bits pattern matches.")] = None,
     bits: Annotated[
@@ -96,13 +98,13 @@ def quantize(
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Make a wNa8o8 checkpoint from a float model and a text.
+    r"""Make a wNa8o8 checkpoint from a float model and a text.
 
     The float model reads the text while the range of every layer's input and output is observed; layers that read the
     same tensor share one input scale. Weights are rounded to nearest. The folder that comes out is complete, or it does
     not come out at all.
 
-    Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\\.=4' --range 99.99`
+    Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\.=4' --range 99.99`
     """
     from bytelane.cli.common import check_split, parse_dtype, quiet, set_threads, source_folder
     from bytelane.quantize import Recipe, quantize_checkpoint
@@ -164,7 +166,8 @@ def _summary(report: QuantizationReport) -> list[str]:
         f"wrote {report.output} as {report.storage} in {report.seconds:.0f} s",
         f"layers       {labels}",
         f"ranges       {ranges or 'none'}, from {report.tokens} tokens; "
-        f"{len(report.shared_inputs)} groups of layers share an input scale; at most {clipped:.2%} of an output clipped",
+        f"{len(report.shared_inputs)} groups of layers share an input scale; "
+        f"at most {clipped:.2%} of an output clipped",
         f"size         {size(report.float_bytes)} in {size(report.checkpoint_bytes)}, "
         f"{report.checkpoint_bytes / report.float_bytes:.0%}",
     ]

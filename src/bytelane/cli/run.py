@@ -251,9 +251,7 @@ def evaluate(
         )
         with progress("reference perplexity") as report:
             found = perplexity(float_model, made, progress=report)
-        results.append(
-            {"model": reference, "numerics": str(float_model.dtype).removeprefix("torch."), **asdict(found)}
-        )
+        results.append({"model": reference, "numerics": str(float_model.dtype).removeprefix("torch."), **asdict(found)})
     base = results[-1]["perplexity"]
     for r in results:
         r["ratio"] = r["perplexity"] / base
