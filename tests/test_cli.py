@@ -75,7 +75,7 @@ def call_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dic
 def test_help_describes_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for command in ("inspect", "explain", "run", "chat", "eval", "quantize", "convert"):
+    for command in ("inspect", "explain", "run", "chat", "eval", "trace", "quantize", "convert"):
         assert command in out
         code, page, _ = call(capsys, command, "--help")
         assert code == 0
@@ -158,6 +158,16 @@ def test_eval_puts_models_side_by_side(capsys: pytest.CaptureFixture[str], quant
     assert integer["tokens"] == emulated["tokens"] == 4 * 63
     assert emulated["ratio"] == 1
     assert integer["ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_trace_shows_where_the_numbers_part(capsys: pytest.CaptureFixture[str], quantized: Path) -> None:
+    found = call_json(capsys, "trace", f"{quantized}@integer", f"{quantized}@integer,threads=1")
+    assert found["first_difference"] is None
+    found = call_json(capsys, "trace", quantized, f"{quantized}@emulated", "--dtype", "bfloat16")
+    assert found["first_difference"] == ["model.layers.0.self_attn.q_proj", "output"]
+    code, out, _ = call(capsys, "trace", quantized, f"{quantized}@emulated", "--dtype", "bfloat16")
+    assert code == 0
+    assert "first difference: the output of model.layers.0.self_attn.q_proj" in out
 
 
 def test_convert_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

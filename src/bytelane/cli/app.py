@@ -12,6 +12,7 @@ import sys
 import typer
 
 from bytelane.cli import inspect, make, run
+from bytelane.cli import trace as trace_command
 
 app = typer.Typer(
     name="bytelane",
@@ -36,6 +37,7 @@ app.command("chat")(run.chat)
 app.command("eval")(run.evaluate)
 app.command("quantize")(make.quantize)
 app.command("convert")(make.convert)
+app.command("trace")(trace_command.trace)
 
 
 @app.callback(invoke_without_command=True)
