@@ -288,7 +288,7 @@ def test_layers_that_read_one_tensor_share_its_range(tokenizer, documents) -> No
     model = make_model()
     used = windows(tokenizer, documents, length=24, limit=5)
     names = linear_names(model)[:-1]
-    seen = observe(model, used, names, histogram=True)
+    seen = observe(model, used, names, input_histograms=names, output_histograms=names)
     expected = []
     for i in range(2):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
@@ -336,18 +336,18 @@ class Branches(nn.Module):
 def test_sharing_is_by_identity_and_version() -> None:
     model = Branches()
     used = [torch.tensor([i]) for i in range(3)]
-    seen = observe(model, used, ["a", "b", "c"], histogram=False)
+    seen = observe(model, used, ["a", "b", "c"])
     assert seen.shared == (("a", "b"),)
     assert (seen.inputs["a"].high, seen.inputs["c"].high) == (3.0, 3.0)  # values are those at the end of the pass
     with pytest.raises(CalibrationError, match=r"never reached 1 layer\(s\), first d"):
-        observe(model, used, ["a", "d"], histogram=False)
+        observe(model, used, ["a", "d"])
 
 
 def test_non_finite_activations_name_the_layer() -> None:
     model = Branches()
     nn.init.constant_(model.b.bias, math.inf)
     with pytest.raises(CalibrationError, match="b: its output holds NaN or infinity"):
-        observe(model, [torch.tensor([1])], ["a", "b"], histogram=True)
+        observe(model, [torch.tensor([1])], ["a", "b"])
     assert not model.a._forward_hooks
 
 

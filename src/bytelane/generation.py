@@ -6,13 +6,22 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import (
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TextStreamer,
+)
 
+from bytelane.cache import make_cache, rewind
 from bytelane.errors import FileFormatError
 
 Message = dict[str, str]
@@ -53,21 +62,31 @@ class GenerationStats:
     """What a generation cost.
 
     Attributes:
-        prompt_tokens: tokens read.
+        prompt_tokens: tokens of the prompt.
         new_tokens: tokens written.
         prefill_seconds: until the first new token.
         decode_seconds: from the first new token to the last.
+        reused_tokens: tokens of the prompt that were in the cache already and were not read again.
+        restarted: a cache of the conversation's earlier turns could not be cut back to what this prompt begins with,
+            and everything was read again.
     """
 
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    reused_tokens: int = 0
+    restarted: bool = False
+
+    @property
+    def read_tokens(self) -> int:
+        """Prompt tokens the model was run on."""
+        return self.prompt_tokens - self.reused_tokens
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+        """Prompt tokens read a second."""
+        return self.read_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
     @property
     def decode_rate(self) -> float:
@@ -149,10 +168,26 @@ def generate(
     Returns:
         The text and what it cost.
     """
+    output, stats = _generate(model, tokenizer, input_ids, None, max_new_tokens, sampling, on_text, stopped)
+    return _new_text(tokenizer, output, stats), stats
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    cache: Cache | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_text: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> tuple[torch.Tensor, GenerationStats]:
+    """The tokens `[n + new]`, prompt included, and what they cost; `cache` holds some first tokens of the prompt."""
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     streamer = _Streamer(tokenizer, on_text)
     ids = input_ids.to(model.device)
+    reused = 0 if cache is None else cache.get_seq_length()
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -162,12 +197,91 @@ def generate(
             streamer=streamer,
             stopping_criteria=[_Stop(stopped)],
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            past_key_values=cache,
             **sampling.arguments(),
         )
-    new = output[0, ids.shape[1] :]
     times = streamer.times or [time.perf_counter()]
-    stats = GenerationStats(ids.shape[1], int(new.numel()), times[0] - start, times[-1] - times[0])
-    return tokenizer.decode(new, skip_special_tokens=True), stats
+    new = output.shape[1] - ids.shape[1]
+    return output[0], GenerationStats(ids.shape[1], new, times[0] - start, times[-1] - times[0], reused)
+
+
+def _new_text(tokenizer: PreTrainedTokenizerBase, output: torch.Tensor, stats: GenerationStats) -> str:
+    return str(tokenizer.decode(output[stats.prompt_tokens :], skip_special_tokens=True))
+
+
+class ChatSession:
+    """A conversation whose cache outlives the turns, so that each turn reads only what is new.
+
+    Every turn renders the whole conversation through the chat template, as if nothing were cached, and compares its
+    tokens with those the cache holds. The longest common prefix is kept; the cache is cut back where the two part
+    (templates drop thoughts, trim answers, or tokenize them differently from how they were written). Where it cannot
+    be cut, because a sliding window has already dropped tokens that would be back in view, the conversation is read
+    again from its start into a fresh cache, and the turn's figures say so.
+
+    Attributes:
+        messages: the conversation so far, the system message included.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
+    ) -> None:
+        """Begin a conversation.
+
+        Args:
+            model: as `load_model` returns it.
+            tokenizer: the model's.
+            system: a system message.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self._start: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation and its cache."""
+        self.messages = list(self._start)
+        self._drop_cache()
+
+    def _drop_cache(self) -> None:
+        self._cache: Cache | None = None
+        self._cached: list[int] = []
+
+    def ask(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_text: Callable[[str], None] = lambda _: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[str, GenerationStats]:
+        """Add a message, and generate and add the answer; stops as `generate` does.
+
+        When the generation raises, the conversation stays as it was before the message.
+
+        Returns:
+            The answer and what it cost.
+        """
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        ids = encode(self.tokenizer, asked)
+        cache, restarted = self._prepared(ids[0].tolist())
+        # A generation that raises leaves layers of different lengths behind: only a finished one's cache is kept.
+        self._drop_cache()
+        output, stats = _generate(self.model, self.tokenizer, ids, cache, max_new_tokens, sampling, on_text, stopped)
+        # The last token was chosen but never run, so it is not in the cache: the cache's own length is what counts.
+        self._cache, self._cached = cache, output[: cache.get_seq_length()].tolist()
+        answer = _new_text(self.tokenizer, output, stats)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer, replace(stats, restarted=restarted)
+
+    def _prepared(self, ids: list[int]) -> tuple[Cache, bool]:
+        """A cache that holds only first tokens of `ids`, and whether an older one had to be given up for it."""
+        # At least one token is left to run: the answer's first token comes from its logits.
+        pairs = zip(self._cached, ids[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if self._cache is not None and rewind(self._cache, common):
+            return self._cache, False
+        return make_cache(self.model), self._cache is not None
 
 
 def peak_memory_bytes() -> int:

@@ -155,6 +155,14 @@ class QuantLinear(_PackedModule):
         """Inputs that share a scale; None for one scale per output channel."""
         return self.scheme.weight.group_size
 
+    @property
+    def weight(self) -> Tensor:
+        """The packed codes, for code that asks a linear's weight what it is or where it lies.
+
+        Gemma 4's vision tower casts pixels to the dtype of its first weight if that is a float; it is not one here.
+        """
+        return self.packed
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         weight, ops = self.scheme.weight, torch.ops.bytelane
@@ -183,6 +191,57 @@ class QuantLinear(_PackedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.label}, "
             f"{self.scheme.weight.granularity}, bias={self.bias is not None}, {self.numerics.value}"
         )
+
+
+class PackedTable:
+    """What other code may ask of `QuantEmbedding.weight`: its dtype, shape and place, and rows by index.
+
+    `weight[ids]` and `weight[ids, columns]` dequantize the rows asked for, without the architecture's `embed_scale`, as
+    indexing a float table would. Anything that needs all of the table is refused: it never exists in float.
+    """
+
+    def __init__(self, table: QuantEmbedding) -> None:
+        self._table = table
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(num_embeddings, embedding_dim)`."""
+        return torch.Size((self._table.num_embeddings, self._table.embedding_dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that indexing gives."""
+        return self._table.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed rows are."""
+        return self._table.packed.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Never: the codes are constants."""
+        return False
+
+    def __getitem__(self, index: int | Tensor | tuple[int | Tensor, int | slice]) -> Tensor:
+        """Dequantized rows.
+
+        Raises:
+            TypeError: an index other than `[ids]` or `[ids, columns]`.
+            IndexError: no such row.
+        """
+        rows, columns = index if isinstance(index, tuple) and len(index) == 2 else (index, slice(None))
+        integers = isinstance(rows, int) or (
+            isinstance(rows, Tensor) and not rows.dtype.is_floating_point and rows.dtype != torch.bool
+        )
+        if not integers or not isinstance(columns, int | slice):
+            raise TypeError(
+                "a packed embedding table gives rows by integer index and never itself as a whole; a model called with "
+                "inputs_embeds needs input_ids or per_layer_inputs beside them"
+            )
+        count = self._table.num_embeddings
+        ids = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        return self._table.rows(torch.where(ids < 0, ids + count, ids))[..., columns]
 
 
 class QuantEmbedding(_PackedModule):
@@ -232,6 +291,17 @@ class QuantEmbedding(_PackedModule):
     def num_bits(self) -> int:
         """The table's width."""
         return self.scheme.weight.num_bits
+
+    @property
+    def weight(self) -> PackedTable:
+        """The table as other code expects it: rows by index, the whole never."""
+        return PackedTable(self)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows without `embed_scale`: `[..., embedding_dim]` in `dtype`."""
+        return torch.ops.bytelane.embedding(  # type: ignore[no-any-return]
+            ids, self.packed, self.weight_scale, self.num_bits, self.embedding_dim, 1.0, self.dtype
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids of any shape to `[..., embedding_dim]` in `dtype`."""

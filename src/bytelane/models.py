@@ -9,8 +9,9 @@ and streamers work as they do on any other.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from bytelane.cache import KVCacheChoice, install_kv_cache
 from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
 from bytelane.errors import (
+    CheckpointError,
     FileFormatError,
     MissingTensorError,
     ModelConfigError,
@@ -30,10 +33,14 @@ from bytelane.errors import (
     UnsupportedFormatError,
 )
 from bytelane.layers import QuantEmbedding, QuantLinear
+from bytelane.overrides import Overrides, OverridesSource, ScaleOverride, round_layer
 from bytelane.scheme import Kind, Numerics
 
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
 """What is fetched of a hub repository: weights, configuration, tokenizer. Never code, never pickles."""
+
+TOWERS = {"gemma4": ("vision_config", "audio_config")}
+"""By model type, the sub-configurations a model can do without: set to None, the towers are not built."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -86,6 +93,22 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         raise ModelConfigError(f"transformers cannot read it: {error}", file=file) from error
 
 
+def without_towers(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration for text alone: the model it builds has no vision or audio tower, and the same names.
+
+    A configuration that has no towers, or an architecture that cannot do without them, comes back equal.
+    """
+    text = copy.deepcopy(config)
+    for key in TOWERS.get(config.model_type, ()):
+        setattr(text, key, None)
+    return text
+
+
+def has_towers(config: PretrainedConfig) -> bool:
+    """Whether the configuration has towers that `without_towers` leaves out."""
+    return any(getattr(config, key, None) is not None for key in TOWERS.get(config.model_type, ()))
+
+
 def build_skeleton(
     config: PretrainedConfig,
     *,
@@ -113,7 +136,21 @@ def build_skeleton(
         StrictDataclassError,
     ) as error:
         raise ModelConfigError(f"transformers cannot build the model: {error}", file=file) from error
+    _compute_buffers(model, model)
     return model.eval()
+
+
+def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Give the buffers that no checkpoint holds the values `from_pretrained` gives them.
+
+    Constructors run with the model's dtype as the default, so a table of frequencies may have been computed in
+    bfloat16. transformers computes such buffers again after loading, in float32, by the model's `_init_weights`.
+    """
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    if module._non_persistent_buffers_set:
+        owner._init_weights(module)
+    for child in module.children():
+        _compute_buffers(child, owner)
 
 
 def open_model(
@@ -122,16 +159,25 @@ def open_model(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    text_only: bool = False,
 ) -> tuple[Checkpoint, PreTrainedModel]:
     """A checkpoint and the weightless model it belongs to; reads headers and scales only.
+
+    With `text_only` the model has no vision or audio tower, and `Checkpoint.skipped` names the tensors of theirs, of
+    which nothing is read.
 
     Raises:
         CheckpointError: the class that names the broken rule.
     """
     directory = resolve_checkpoint(path, revision=revision)
     config = load_config(directory, trust_remote_code=trust_remote_code)
-    skeleton = build_skeleton(config, dtype=dtype, trust_remote_code=trust_remote_code, file=directory / "config.json")
-    return open_checkpoint(directory, skeleton), skeleton
+    file = directory / "config.json"
+    model = build_skeleton(config, dtype=dtype, trust_remote_code=trust_remote_code, file=file)
+    if not text_only or not has_towers(config):
+        return open_checkpoint(directory, model), model
+    text_config = without_towers(config)
+    text = build_skeleton(text_config, dtype=dtype, trust_remote_code=trust_remote_code, file=file)
+    return open_checkpoint(directory, text, whole=model), text
 
 
 def load_model(
@@ -140,6 +186,9 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     numerics: Numerics | str = "integer",
+    kv_cache: KVCacheChoice = "auto",
+    text_only: bool = False,
+    overrides: OverridesSource | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -151,6 +200,12 @@ def load_model(
         device: where the model goes.
         dtype: of activations and unquantized tensors; None takes the checkpoint's own.
         numerics: `"integer"` (what the phone computes) or `"emulated"` (what vLLM and Hugging Face compute).
+        kv_cache: what `generate` keeps keys and values in when it is given no cache: `"int8"` codes with the
+            checkpoint's scales, `"float"`, or `"auto"`: int8 in integer numerics where the checkpoint has the scales.
+            A bare `model(input_ids)` is not affected: it keeps transformers' own cache.
+        text_only: leave the vision and audio towers of a multimodal model out, and never read their tensors. What is
+            left has the same names and gives the same logits for text.
+        overrides: scales the checkpoint lacks, as a JSON file or a mapping: see `bytelane.overrides`.
         revision: of the hub repository.
         trust_remote_code: allow the checkpoint's own Python code to run. Never needed for supported models.
         progress: called with the bytes read and the bytes in all.
@@ -160,11 +215,16 @@ def load_model(
 
     Raises:
         CheckpointError: the class that names the broken rule; nothing is left half-loaded.
+        ValueError: unknown numerics or an unknown kind of cache.
     """
     chosen = Numerics(numerics)
-    checkpoint, model = open_model(path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    given = Overrides(overrides)
+    checkpoint, model = open_model(
+        path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, text_only=text_only
+    )
     with checkpoint:
-        _place(checkpoint, model, torch.device(device), chosen, progress)
+        install_kv_cache(model, checkpoint.kv_scales, choice=kv_cache, numerics=chosen, file=checkpoint.directory)
+        _place(checkpoint, model, given.resolve(checkpoint), torch.device(device), chosen, progress)
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     model.name_or_path = str(path)
@@ -174,6 +234,7 @@ def load_model(
 def _place(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
+    overrides: Mapping[str, ScaleOverride],
     device: torch.device,
     numerics: Numerics,
     progress: Progress | None,
@@ -183,19 +244,20 @@ def _place(
         model.get_parameter_or_buffer(name).nbytes for name in checkpoint.plain
     )
     done = 0
-    dtype = model.dtype
-    for name, module in checkpoint.modules.items():
-        layer = _layer(checkpoint, module, model.get_submodule(name), dtype, numerics, device)
-        model.set_submodule(name, layer)
-        done += module.weight_bytes
+
+    def taken(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
         if progress is not None:
             progress(done, total)
+
+    originals = {name: model.get_submodule(name) for name in checkpoint.modules}
+    place_quantized(checkpoint, model, originals, overrides, model.dtype, device, numerics, taken)
     for name in checkpoint.plain:
-        done += _place_plain(model, name, checkpoint.read_plain(name), device)
-        if progress is not None:
-            progress(done, total)
-    for head, source in checkpoint.tied.items():
-        model.set_submodule(head, _tied_head(model.get_submodule(source), numerics, checkpoint, head))
+        if name.rpartition(".")[0] in overrides:  # rounded, so a quantized layer by now
+            taken(checkpoint.plain_bytes(name))
+        else:
+            taken(_place_plain(model, name, checkpoint.read_plain(name), device))
     _tie_plain(model)
     missing = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if missing:
@@ -206,6 +268,45 @@ def _place(
         for leaf, buffer in module_._buffers.items():
             if buffer is not None and buffer.device != device:
                 module_._buffers[leaf] = buffer.to(device)
+
+
+def place_quantized(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    originals: Mapping[str, nn.Module],
+    overrides: Mapping[str, ScaleOverride],
+    dtype: torch.dtype,
+    device: torch.device,
+    numerics: Numerics,
+    taken: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Put bytelane's layers into a model: the quantized modules, the tied heads, the layers an override rounds.
+
+    Args:
+        checkpoint: the open checkpoint.
+        model: gets the layers.
+        originals: the architecture's own modules by the names of the quantized ones, for what they know beside weights.
+        overrides: by the names of linear layers.
+        dtype: of activations.
+        device: where the layers go.
+        numerics: of the layers.
+        taken: called with the bytes of each module.
+    """
+    for name, module in checkpoint.modules.items():
+        override = overrides.get(name, ScaleOverride())
+        try:
+            layer = _layer(checkpoint, module, originals[name], override, dtype, numerics, device)
+        except CheckpointError as error:
+            # What a layer refuses by itself (an overridden scale that its bias does not fit) knows neither.
+            raise error if error.file is not None else error.within(checkpoint.directory, name) from error
+        model.set_submodule(name, layer)
+        taken(module.weight_bytes)
+    for head, source in checkpoint.tied.items():
+        override = overrides.get(head, ScaleOverride())
+        model.set_submodule(head, _tied_head(model.get_submodule(source), override, numerics, checkpoint, head))
+    for name, override in overrides.items():
+        if override.num_bits is not None:
+            model.set_submodule(name, round_layer(checkpoint, name, override, numerics=numerics, device=device))
 
 
 def _tie_plain(model: PreTrainedModel) -> None:
@@ -226,6 +327,7 @@ def _layer(
     checkpoint: Checkpoint,
     module: QuantizedModule,
     original: nn.Module,
+    override: ScaleOverride,
     dtype: torch.dtype,
     numerics: Numerics,
     device: torch.device,
@@ -248,6 +350,7 @@ def _layer(
             embed_scale=float(getattr(original, "scalar_embed_scale", 1.0)),
             dtype=dtype,
         )
+    input_scale, output_scale = override.sides(tensors.input_scale, tensors.output_scale)
     return QuantLinear(
         # A copy of its own: the rows are streamed every token, and must not fault on a file that changes underneath.
         tensors.rows.to(device, copy=True),
@@ -255,15 +358,17 @@ def _layer(
         in_features=module.shape[1],
         num_bits=weight.num_bits,
         group_size=weight.group_size,
-        input_scale=tensors.input_scale,
-        output_scale=tensors.output_scale,
+        input_scale=input_scale,
+        output_scale=output_scale,
         bias=None if tensors.bias is None else tensors.bias.to(device),
         numerics=numerics,
     )
 
 
-def _tied_head(source: nn.Module, numerics: Numerics, checkpoint: Checkpoint, head: str) -> nn.Module:
-    """A head that shares the embedding's codes: weight-only, since tables have no activation scales."""
+def _tied_head(
+    source: nn.Module, override: ScaleOverride, numerics: Numerics, checkpoint: Checkpoint, head: str
+) -> nn.Module:
+    """A head that shares the embedding's codes; weight-only unless overridden, since tables have no sides."""
     if not isinstance(source, QuantEmbedding):
         raise UnsupportedFormatError(
             "a head can share the codes of a quantized embedding only", file=checkpoint.directory, tensor=head
@@ -274,6 +379,8 @@ def _tied_head(source: nn.Module, numerics: Numerics, checkpoint: Checkpoint, he
         in_features=source.embedding_dim,
         num_bits=source.num_bits,
         group_size=source.scheme.weight.group_size,
+        input_scale=override.input_scale,
+        output_scale=override.output_scale,
         numerics=numerics,
     )
 

@@ -3,7 +3,9 @@
 Which modules are quantized at all is transformers' decision, asked of transformers itself: entries of
 `modules_to_not_convert` match from the start up to a module boundary (as a name or a regular expression) or as a
 suffix, and where the list is absent the output head and tied weights are left out. The width is the first pattern of
-`module_quant_configs`, in order, that `re.search` finds in the name; else `num_bits`.
+`module_quant_configs`, in order, that `re.search` finds in the name; else `num_bits`. transformers joins the patterns
+into one alternation instead, of which the leftmost match in the name counts; where the two readings differ, the stored
+tensor is one or the other, and says which.
 """
 
 from __future__ import annotations
@@ -93,18 +95,28 @@ def describe(raw: Mapping[str, Any], skeleton: Skeleton, shared: frozenset[str],
         kind = skeleton.kind(name)
         if name in shared or not should_convert_module(name, left_out) or (kind is Kind.EMBEDDING and not embeddings):
             continue
-        bits = next(bits for pattern, bits in widths if pattern.search(name))
-        modules.append(_module(name, kind, bits, skeleton))
+        modules.append(_module(name, kind, *_bits(name, widths), skeleton))
     return Layout(tuple(modules), KV_LEAVES)
 
 
-def _module(name: str, kind: Kind, bits: int, skeleton: Skeleton) -> ModuleLayout:
+def _bits(name: str, widths: list[tuple[re.Pattern[str], int]]) -> tuple[int, int | None]:
+    """A module's width by the first pattern, and by the leftmost match where that is another."""
+    *patterns, (_, default) = widths
+    found = [(match.start(), bits) for pattern, bits in patterns if (match := pattern.search(name))]
+    if not found:
+        return default, None
+    first, leftmost = found[0][1], min(found, key=lambda item: item[0])[1]
+    return first, None if leftmost == first else leftmost
+
+
+def _module(name: str, kind: Kind, bits: int, other_bits: int | None, skeleton: Skeleton) -> ModuleLayout:
     if kind is Kind.EMBEDDING:
         return ModuleLayout(
             name=name,
             kind=kind,
             shape=skeleton.shape(name),
             num_bits=bits,
+            other_bits=other_bits,
             group_size=None,
             storage=Storage.GEMMA,
             weight=f"{name}.embedding_quantized",
@@ -116,6 +128,7 @@ def _module(name: str, kind: Kind, bits: int, skeleton: Skeleton) -> ModuleLayou
         kind=kind,
         shape=skeleton.shape(name),
         num_bits=bits,
+        other_bits=other_bits,
         group_size=None,
         storage=Storage.GEMMA,
         weight=f"{name}.weight",

@@ -39,6 +39,7 @@ class ModuleLayout:
         optional_activations: an absent activation scale means "not calibrated" instead of being an error.
         groups_from_scale: the scale's second dimension, not the configuration, says how many groups there are.
         bias: name of the bias, or None.
+        other_bits: the width by another reading of an ambiguous configuration, or None; the stored codes decide.
     """
 
     name: str
@@ -55,6 +56,18 @@ class ModuleLayout:
     optional_activations: bool = False
     groups_from_scale: bool = False
     bias: str | None = None
+    other_bits: int | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors the module may have."""
+        roles = (self.weight, self.scale, self.weight_shape, self.input_scale, self.output_scale, self.bias)
+        return tuple(name for name in roles if name is not None)
+
+    @property
+    def replaced(self) -> tuple[str, str]:
+        """The names of the dense module's own parameters, which the tensors of the quantized one stand for."""
+        return f"{self.name}.weight", f"{self.name}.bias"
 
 
 @dataclass(frozen=True)

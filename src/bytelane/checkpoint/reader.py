@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -44,6 +44,13 @@ FLOATS = ("F32", "BF16", "F16")
 
 _LISTED = 5
 """Names an error lists before it says how many more there are."""
+
+
+def _codes_dtype(layout: ModuleLayout) -> str:
+    """The dtype of a module's stored codes."""
+    if layout.storage is Storage.PACK_QUANTIZED:
+        return "I32"
+    return "U8" if layout.storage is Storage.GEMMA and layout.num_bits < 8 else "I8"
 
 
 def _some(names: list[str]) -> str:
@@ -83,7 +90,9 @@ class Checkpoint:
         kv_scales: static KV-cache scales by attention module.
         tied: modules without tensors of their own that share a quantized module's codes: name to name.
         ignored: linear and embedding modules left unquantized.
+        linears: all linear modules, quantized or not.
         unused: tensors of the files that the model class says it does not take.
+        skipped: tensors of the files that belong to parts left out of the model; never read.
     """
 
     def __init__(
@@ -97,7 +106,9 @@ class Checkpoint:
         kv_scales: Mapping[str, KVScales],
         tied: Mapping[str, str],
         ignored: tuple[str, ...],
+        linears: tuple[str, ...],
         unused: tuple[str, ...],
+        skipped: tuple[str, ...] = (),
     ) -> None:
         self.directory = files.directory
         self.config = config
@@ -107,7 +118,9 @@ class Checkpoint:
         self.kv_scales = dict(kv_scales)
         self.tied = dict(tied)
         self.ignored = ignored
+        self.linears = linears
         self.unused = unused
+        self.skipped = skipped
         self._files = files
         self._entries = MappingProxyType(dict(entries))
 
@@ -134,9 +147,12 @@ class Checkpoint:
 
     def stored_bytes(self, name: str) -> int:
         """Stored bytes of a quantized module's tensors: codes, scales and bias."""
-        layout = self._entries[name].layout
-        roles = (layout.weight, layout.scale, layout.weight_shape, layout.input_scale, layout.output_scale, layout.bias)
-        return sum(self._files.nbytes(n) for n in roles if n is not None and n in self._files.infos)
+        names = self._entries[name].layout.tensors
+        return sum(self._files.nbytes(n) for n in names if n in self._files.infos)
+
+    def file_of(self, name: str) -> Path:
+        """The file a tensor of the checkpoint lies in."""
+        return self._files.path(name)
 
     def read_scales(self, name: str) -> ModuleScales:
         """The scales of a quantized module, which were read and checked when the checkpoint was opened."""
@@ -189,12 +205,16 @@ class Checkpoint:
         return self._files.tensor(self.plain[name].name)
 
 
-def open_checkpoint(directory: Path | str, skeleton: torch.nn.Module) -> Checkpoint:
+def open_checkpoint(
+    directory: Path | str, skeleton: torch.nn.Module, *, whole: torch.nn.Module | None = None
+) -> Checkpoint:
     """Open a checkpoint and hold it against the model it is for.
 
     Args:
         directory: the folder with config.json and the safetensors files.
         skeleton: the model without weights (parameters on the meta device), built from the same config.json.
+        whole: the model the files are of, where `skeleton` leaves parts of it out (the vision tower of a model that
+            is to read text only). Tensors that only those parts have are skipped: neither read nor required.
 
     Returns:
         The checkpoint, with all scales checked and no weight read.
@@ -219,15 +239,17 @@ def open_checkpoint(directory: Path | str, skeleton: torch.nn.Module) -> Checkpo
         )
     describe = compressed.describe if method == compressed.METHOD else gemma.describe
     files = TensorFiles(folder)
-    return _Opening(files, Skeleton.of(skeleton)).open(config, str(method), describe, quantization)
+    parts = None if whole is None else Skeleton.of(whole)
+    return _Opening(files, Skeleton.of(skeleton), parts).open(config, str(method), describe, quantization)
 
 
 class _Opening:
     """The state of one `open_checkpoint`: which tensors have found their place."""
 
-    def __init__(self, files: TensorFiles, skeleton: Skeleton) -> None:
+    def __init__(self, files: TensorFiles, skeleton: Skeleton, whole: Skeleton | None) -> None:
         self.files = files
         self.skeleton = skeleton
+        self.whole = whole
         self.claimed: set[str] = set()
 
     def open(self, config: dict[str, Any], method: str, describe: Any, quantization: dict[str, Any]) -> Checkpoint:
@@ -237,6 +259,7 @@ class _Opening:
         entries = {module.name: self._entry(module) for module in layout.modules}
         kv_scales = self._kv_scales(layout)
         plain = self._plain(entries)
+        skipped = self._skipped(describe, quantization)
         unused = self._leftovers()
         tied = {name: source for name, source in shared.items() if source in entries}
         return Checkpoint(
@@ -248,8 +271,29 @@ class _Opening:
             kv_scales=kv_scales,
             tied=tied,
             ignored=tuple(n for n in self.skeleton.quantizable if n not in entries and n not in tied),
+            linears=tuple(n for n in self.skeleton.quantizable if self.skeleton.kind(n) is Kind.LINEAR),
             unused=unused,
+            skipped=skipped,
         )
+
+    def _skipped(self, describe: Any, quantization: dict[str, Any]) -> tuple[str, ...]:
+        """Tensors of the files that only the parts left out of the model have, by the names the whole model gives.
+
+        Exactly the names the whole model would claim: a tensor that it has no place for either stays unknown.
+        """
+        if self.whole is None:
+            return ()
+        layout: Layout = describe(quantization, self.whole, frozenset(), self.files.directory / CONFIG_NAME)
+        known = set(self.whole.tensors)
+        for module in layout.modules:
+            known.difference_update(module.replaced)
+        for module in layout.modules:
+            if module.name not in self.skeleton.modules:
+                known.update(module.tensors)
+        known.difference_update(self.skeleton.tensors)
+        skipped = tuple(name for name in self.files.infos if name in known and name not in self.claimed)
+        self.claimed.update(skipped)
+        return skipped
 
     def _shared(self) -> dict[str, str]:
         """Tied modules of which the files hold no weight of their own."""
@@ -270,6 +314,7 @@ class _Opening:
 
     def _entry(self, layout: ModuleLayout) -> _Entry:
         """Check one quantized module and read its scales."""
+        layout = self._settled(layout)
         columns = layout.shape[1]
         self._check_codes(layout)
         info = self._claim(layout.scale, ("F32",) if layout.storage is Storage.GEMMA else FLOATS, "weight scale")
@@ -305,11 +350,20 @@ class _Opening:
                 tensor=info.name,
             )
 
+    def _settled(self, layout: ModuleLayout) -> ModuleLayout:
+        """The layout with the other width, where the configuration can be read both ways and the codes fit that."""
+        info = self.files.infos.get(layout.weight)
+        if layout.other_bits is None or info is None:
+            return layout
+        other = replace(layout, num_bits=layout.other_bits, other_bits=None)
+        fits = info.dtype == _codes_dtype(other) and info.shape in stored_shape(
+            *other.shape, other.num_bits, other.storage
+        )
+        return other if fits else layout
+
     def _check_codes(self, layout: ModuleLayout) -> None:
         """The codes' dtype and shape, and the tensor that repeats the dense shape."""
-        packed = layout.storage is Storage.PACK_QUANTIZED
-        bytes_packed = layout.storage is Storage.GEMMA and layout.num_bits < 8
-        dtype = "I32" if packed else "U8" if bytes_packed else "I8"
+        dtype = _codes_dtype(layout)
         info = self._claim(layout.weight, (dtype,), f"tensor of {layout.num_bits}-bit codes")
         if layout.weight_shape is not None:
             self._check_shape(self._claim(layout.weight_shape, ("I64",), "weight shape"), (2,), error=WeightShapeError)
@@ -321,7 +375,7 @@ class _Opening:
                     tensor=layout.weight_shape,
                 )
         allowed = stored_shape(*layout.shape, layout.num_bits, layout.storage)
-        self._check_shape(info, *allowed, error=PackedShapeError if packed or bytes_packed else TensorShapeError)
+        self._check_shape(info, *allowed, error=TensorShapeError if dtype == "I8" else PackedShapeError)
 
     def _group_size(self, layout: ModuleLayout, scale: TensorInfo) -> int | None:
         """The configuration's group size, or what the scale's second dimension says where that decides."""
@@ -379,7 +433,7 @@ class _Opening:
 
     def _plain(self, entries: Mapping[str, _Entry]) -> dict[str, TensorInfo]:
         """The model's tensors that are not quantized."""
-        replaced = {f"{name}.{leaf}" for name in entries for leaf in ("weight", "bias")}
+        replaced = {leaf for entry in entries.values() for leaf in entry.layout.replaced}
         plain: dict[str, TensorInfo] = {}
         missing: list[str] = []
         for name, wanted in self.skeleton.tensors.items():

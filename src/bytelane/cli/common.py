@@ -60,9 +60,16 @@ def set_threads(threads: int | None) -> None:
 
 
 def load(
-    model: str, *, numerics: str, dtype: str | None, device: str, threads: int | None, trust_remote_code: bool
+    model: str,
+    *,
+    numerics: str,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+    overrides: Path | None,
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """A model, its tokenizer and its folder, with a progress bar."""
+    """A model, its tokenizer and its folder, with a progress bar. Commands read text only, so towers are left out."""
     quiet()
     set_threads(threads)
     check_numerics(numerics)
@@ -71,5 +78,12 @@ def load(
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     arguments: dict[str, Any] = {"numerics": numerics, "dtype": chosen_dtype, "device": device}
     with progress("loading") as report:
-        loaded = load_model(directory, progress=report, trust_remote_code=trust_remote_code, **arguments)
+        loaded = load_model(
+            directory,
+            text_only=True,
+            overrides=overrides,
+            progress=report,
+            trust_remote_code=trust_remote_code,
+            **arguments,
+        )
     return loaded, tokenizer, directory

@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bytelane.cli.output import DtypeOption, JsonOption, ModelArgument, TrustOption, emit, size, table
+from bytelane.cli.output import (
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    OverridesOption,
+    TrustOption,
+    emit,
+    size,
+    table,
+)
+from bytelane.scheme import LinearScheme
 
 if TYPE_CHECKING:
     from bytelane.checkpoint import Checkpoint, QuantizedModule
+    from bytelane.overrides import ScaleOverride
+
+PLE_PROJECTION = "per_layer_model_projection"
+"""Gemma 4's linear that the phone quantizes and no checkpoint has scales for."""
 
 
 def inspect(
     model: ModelArgument,
+    overrides: OverridesOption = None,
     json_output: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Show a checkpoint's layers: bits, storage, granularity, scales, bytes, totals.
 
     Reads the configuration, the tensor headers and the scales, and checks them all: a checkpoint that inspects cleanly
-    also loads. A side marked *float* has no scale, or a scale of 0 (not calibrated), and is not quantized.
+    also loads. A side marked *float* has no scale, or a scale of 0 (not calibrated), and is not quantized. With
+    `--overrides`, layers are shown as they would be loaded, and those that the file changes are marked.
 
     Example: `bytelane inspect ./my-model --json | jq .totals`
     """
     from bytelane.cli.common import quiet
     from bytelane.models import open_model
+    from bytelane.overrides import Overrides, ScaleOverride, missing_sides
 
     quiet()
+    given = Overrides(overrides)
     checkpoint, _ = open_model(model, trust_remote_code=trust_remote_code)
     with checkpoint:
-        layers = [_describe(checkpoint, module) for module in checkpoint.modules.values()]
+        resolved = given.resolve(checkpoint)
+        layers = [
+            _describe(checkpoint, module, resolved.get(module.name, ScaleOverride()))
+            for module in checkpoint.modules.values()
+        ]
+        rounded = {name: override for name, override in resolved.items() if override.num_bits is not None}
+        unquantized = [name for name in checkpoint.ignored if name not in rounded]
         plain = sum(checkpoint.plain_bytes(name) for name in checkpoint.plain)
         summary = {
             "model": str(checkpoint.directory),
             "architecture": (checkpoint.config.get("architectures") or [None])[0],
             "storage": checkpoint.storage_name,
             "layers": layers,
-            "unquantized": list(checkpoint.ignored),
+            "rounded_at_load": [_describe_rounded(checkpoint, name, o) for name, o in rounded.items()],
+            "overridden": sorted(resolved),
+            "unquantized": unquantized,
+            "no_scales": missing_sides(checkpoint, resolved),
+            "notes": _notes(unquantized),
             "tied": dict(checkpoint.tied),
             "kv_cache_scales": {name: {"k": s.k, "v": s.v} for name, s in checkpoint.kv_scales.items()},
             "totals": {
@@ -60,19 +89,48 @@ def _scale(value: float | None) -> str:
     return "float" if value is None else f"{value:.4g}"
 
 
-def _describe(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Any]:
+def _notes(unquantized: list[str]) -> list[str]:
+    """What a user may want to do about this checkpoint, one sentence or two each."""
+    example = {f"{PLE_PROJECTION}$": {"input_scale": 0.038878, "output_scale": 0.002353, "num_bits": 8}}
+    return [
+        f"{name} is in float: the phone quantizes it to 8 bits, but the checkpoint carries no scales for it. To do as "
+        f"the phone does, give them with --overrides FILE. For E2B the file is {json.dumps(example)}"
+        for name in unquantized
+        if name.rpartition(".")[2] == PLE_PROJECTION
+    ]
+
+
+def _describe_rounded(checkpoint: Checkpoint, name: str, override: ScaleOverride) -> dict[str, Any]:
+    """A float layer that an override rounds when the model is loaded; its weight scales are found then."""
+    scheme = override.scheme()
+    return {
+        "name": name,
+        "shape": list(checkpoint.plain[f"{name}.weight"].shape),
+        "scheme": scheme.label,
+        "bits": override.num_bits,
+        "input_scale": None if override.input_scale is None else float(override.input_scale),
+        "output_scale": None if override.output_scale is None else float(override.output_scale),
+        "bytes": checkpoint.plain_bytes(f"{name}.weight"),
+    }
+
+
+def _describe(checkpoint: Checkpoint, module: QuantizedModule, override: ScaleOverride) -> dict[str, Any]:
     scales = checkpoint.read_scales(module.name)
+    scheme = module.scheme
+    input_scale, output_scale = override.sides(scales.input_scale, scales.output_scale)
+    if isinstance(scheme, LinearScheme):
+        scheme = LinearScheme(scheme.weight, input_scale is not None, output_scale is not None)
     low, high = scales.weight_scale.float().aminmax()
     return {
         "name": module.name,
         "kind": module.kind.value,
         "shape": list(module.shape),
-        "scheme": module.scheme.label,
+        "scheme": scheme.label,
         "bits": module.scheme.weight.num_bits,
         "granularity": module.scheme.weight.granularity,
         "storage": module.storage.value,
-        "input_scale": None if scales.input_scale is None else float(scales.input_scale),
-        "output_scale": None if scales.output_scale is None else float(scales.output_scale),
+        "input_scale": None if input_scale is None else float(input_scale),
+        "output_scale": None if output_scale is None else float(output_scale),
         "weight_scale_dtype": str(scales.weight_scale.dtype).removeprefix("torch."),
         "weight_scale_range": [float(low), float(high)],
         "bias": module.bias,
@@ -82,12 +140,18 @@ def _describe(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Any]
 
 def _print(summary: dict[str, Any]) -> None:
     rows = []
+    overridden = set(summary["overridden"])
     for r in summary["layers"]:
         low, high = r["weight_scale_range"]
         sides = ("-", "-") if r["kind"] == "embedding" else (_scale(r["input_scale"]), _scale(r["output_scale"]))
         shape = f"{r['shape'][0]} x {r['shape'][1]}"
         scale = f"{low:.3g} .. {high:.3g}"
-        rows.append((r["name"], r["scheme"], shape, r["granularity"], r["storage"], scale, *sides, size(r["bytes"])))
+        name = r["name"] + (" (overridden)" if r["name"] in overridden else "")
+        rows.append((name, r["scheme"], shape, r["granularity"], r["storage"], scale, *sides, size(r["bytes"])))
+    for r in summary["rounded_at_load"]:
+        shape, sides = f"{r['shape'][0]} x {r['shape'][1]}", (_scale(r["input_scale"]), _scale(r["output_scale"]))
+        name, bytes_ = f"{r['name']} (overridden)", size(r["bytes"])
+        rows.append((name, r["scheme"], shape, "channel", "float", "rounded at load", *sides, bytes_))
     table(
         f"{summary['architecture']}, {summary['storage']}",
         ("layer", "scheme", "out x in", "scales", "storage", "weight scale", "input scale", "output scale", "bytes"),
@@ -106,6 +170,10 @@ def _print(summary: dict[str, Any]) -> None:
         else "KV cache     no scales",
     ]
     lines += [f"tied         {head} shares {source}" for head, source in summary["tied"].items()]
+    bare = [f"{name} ({' and '.join(sides)})" for name, sides in summary["no_scales"].items()]
+    if bare:
+        lines.append(f"no scales    {', '.join(bare[:8])}" + (f" and {len(bare) - 8} more" if len(bare) > 8 else ""))
+    lines += [f"note         {note}" for note in summary["notes"]]
     print("\n".join(lines))
 
 

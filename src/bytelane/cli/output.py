@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,15 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu or cuda.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice by default.")]
+OverridesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--overrides",
+        metavar="FILE",
+        help="Scales the checkpoint lacks: JSON of layer names or patterns to `input_scale`, `output_scale` and, for a "
+        "weight stored in float, `num_bits`.",
+    ),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code in the checkpoint to run. Off by default.")
 ]

@@ -16,6 +16,7 @@ from bytelane.cli.output import (
     JsonOption,
     ModelArgument,
     NumericsOption,
+    OverridesOption,
     ThreadsOption,
     TrustOption,
     emit,
@@ -63,6 +64,7 @@ def run(
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    overrides: OverridesOption = None,
     json_output: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -76,7 +78,13 @@ def run(
     from bytelane.generation import encode, generate, peak_memory_bytes
 
     loaded, tokenizer, directory = load(
-        model, numerics=numerics, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+        model,
+        numerics=numerics,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        overrides=overrides,
+        trust_remote_code=trust_remote_code,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode(tokenizer, text if raw else _messages(system, text), raw=raw)
@@ -102,8 +110,10 @@ def _write(text: str) -> None:
 
 
 def _figures(stats: Any, memory: int) -> str:
+    reused = f" (and kept {stats.reused_tokens} of earlier turns)" if stats.reused_tokens else ""
+    again = ", the whole conversation again" if stats.restarted else ""
     return (
-        f"read {stats.prompt_tokens} tokens at {stats.prefill_rate:.1f}/s, wrote {stats.new_tokens} at "
+        f"read {stats.read_tokens} tokens{reused}{again} at {stats.prefill_rate:.1f}/s, wrote {stats.new_tokens} at "
         f"{stats.decode_rate:.1f}/s, peak memory {size(memory)}"
     )
 
@@ -121,6 +131,7 @@ def chat(
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    overrides: OverridesOption = None,
     json_output: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -131,34 +142,35 @@ def chat(
     JSON.
     """
     from bytelane.cli.common import load
-    from bytelane.generation import encode, generate, peak_memory_bytes
+    from bytelane.generation import ChatSession, peak_memory_bytes
 
     loaded, tokenizer, _ = load(
-        model, numerics=numerics, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+        model,
+        numerics=numerics,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        overrides=overrides,
+        trust_remote_code=trust_remote_code,
     )
     sampling = _sampling(greedy, temperature, top_k, top_p, seed)
-    start = [{"role": "system", "content": system}] if system else []
-    history = list(start)
+    session = ChatSession(loaded, tokenizer, system=system)
     while (line := _ask(json_output)) is not None:
         if line in ("/exit", "/quit"):
             break
         if line == "/reset":
-            history = list(start)
+            session.reset()
             continue
         if not line:
             continue
-        history.append({"role": "user", "content": line})
         with _Interrupts() as interrupts:
-            answer, stats = generate(
-                loaded,
-                tokenizer,
-                encode(tokenizer, history),
+            answer, stats = session.ask(
+                line,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
                 on_text=(lambda _: None) if json_output else _write,
                 stopped=interrupts.seen,
             )
-        history.append({"role": "assistant", "content": answer})
         if json_output:
             emit_line({"text": answer, **stats.as_dict(), "peak_memory": peak_memory_bytes()})
             continue
@@ -214,6 +226,7 @@ def evaluate(
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    overrides: OverridesOption = None,
     json_output: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -235,7 +248,13 @@ def evaluate(
     made = None
     for numerics in runs:
         loaded, tokenizer, directory = load(
-            model, numerics=numerics, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+            model,
+            numerics=numerics,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
         )
         if made is None:
             documents = read_files(text, check_split(split))

@@ -15,7 +15,7 @@ inputs of all observed layers for one batch of windows, as training would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +85,7 @@ class Statistics:
         Within a relative 2^-8 of the exact order statistic (exact for bfloat16 activations).
         """
         if self.histogram is None:
-            raise ValueError("percentiles need a histogram; observe with histogram=True")
+            raise ValueError("percentiles need a histogram")
         wanted = math.ceil(self.count * percent / 100)
         found = int(torch.searchsorted(self.histogram.cumsum(0), max(wanted, 1)))
         if found >= _INFINITY_BIN:
@@ -98,7 +98,7 @@ class Statistics:
         if self.amax() <= limit:
             return 0.0
         if self.histogram is None:
-            raise ValueError("clip shares need a histogram; observe with histogram=True")
+            raise ValueError("clip shares need a histogram")
         pattern = int(torch.tensor([limit]).to(torch.bfloat16).view(torch.int16))
         return int(self.histogram[pattern + 1 :].sum()) / self.count
 
@@ -137,12 +137,16 @@ class Observer:
 
     Args:
         layers: the layers by name.
-        histogram: keep the histograms that percentiles and clip shares need.
+        input_histograms: the layers whose inputs need the histogram of a percentile.
+        output_histograms: likewise for outputs.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], *, histogram: bool) -> None:
+    def __init__(
+        self, layers: dict[str, nn.Linear], *, input_histograms: Collection[str], output_histograms: Collection[str]
+    ) -> None:
         self._layers = layers
-        self._histogram = histogram
+        self._input_histograms = frozenset(input_histograms)
+        self._output_histograms = frozenset(output_histograms)
         self._pass = _Pass()
         self._by_readers: dict[tuple[str, ...], Statistics] = {}
         self._outputs = {name: Statistics() for name in layers}
@@ -168,12 +172,13 @@ class Observer:
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._outputs[name].add(self._statistics(output, name, "output"))
+            kept = name in self._output_histograms
+            self._outputs[name].add(self._statistics(output, name, "output", histogram=kept))
 
         return hook
 
-    def _statistics(self, x: Tensor, name: str, side: str) -> Statistics:
-        found = Statistics.of(x, histogram=self._histogram)
+    def _statistics(self, x: Tensor, name: str, side: str, *, histogram: bool) -> Statistics:
+        found = Statistics.of(x, histogram=histogram)
         if not found.finite:
             raise CalibrationError(
                 f"{name}: its {side} holds NaN or infinity in the float model; run it in a wider dtype (dtype=float32)"
@@ -184,7 +189,8 @@ class Observer:
         """Count the inputs of the forward pass that just ended, once for each set of layers that read them."""
         for x, readers in self._pass.held.values():
             key = tuple(readers)
-            self._by_readers.setdefault(key, Statistics()).add(self._statistics(x, key[0], "input"))
+            kept = not self._input_histograms.isdisjoint(key)
+            self._by_readers.setdefault(key, Statistics()).add(self._statistics(x, key[0], "input", histogram=kept))
         self._pass = _Pass()
         self._tokens += tokens
 
@@ -226,7 +232,8 @@ def observe(
     windows: Iterable[Tensor],
     names: Sequence[str],
     *,
-    histogram: bool,
+    input_histograms: Collection[str] = (),
+    output_histograms: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Observations:
     """Run the float model over windows and collect the ranges of its linear layers.
@@ -235,7 +242,9 @@ def observe(
         model: a causal language model; its training mode is restored afterwards.
         windows: int64 `[length]` token ids each, read one at a time.
         names: the `nn.Linear` modules to observe.
-        histogram: keep histograms: needed for percentiles.
+        input_histograms: the layers whose inputs need a percentile, and so the histogram it is read from. A histogram
+            costs several times what the smallest and largest value do.
+        output_histograms: likewise for outputs.
         progress: called with the number of windows read so far.
 
     Raises:
@@ -246,7 +255,7 @@ def observe(
     training = model.training
     model.eval()
     try:
-        with Observer(layers, histogram=histogram) as observer:
+        with Observer(layers, input_histograms=input_histograms, output_histograms=output_histograms) as observer:
             for done, window in enumerate(windows, start=1):
                 model(input_ids=window[None].to(device), use_cache=False)
                 observer.end_pass(window.numel())

@@ -125,7 +125,14 @@ def quantize_model(
             if progress is not None:
                 progress("observe", done, len(used))
 
-        seen = observe(model, used, plan.observed, histogram=recipe.needs_histogram(), progress=observed)
+        seen = observe(
+            model,
+            used,
+            plan.observed,
+            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.percentile is not None],
+            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.percentile is not None],
+            progress=observed,
+        )
     inputs, outputs = _sides(plan, seen)
     stored_dtype = dtype or model.dtype
     with tempfile.TemporaryDirectory(prefix="bytelane-") as temporary:

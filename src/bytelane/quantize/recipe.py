@@ -196,11 +196,6 @@ class Recipe(_Frozen):
         """The ordered range patterns of a side."""
         return self.input_ranges if side == "input" else self.output_ranges
 
-    def needs_histogram(self) -> bool:
-        """Whether any range is a percentile."""
-        every = (self.range, *self.input_ranges.values(), *self.output_ranges.values())
-        return any(rule.method == "percentile" for rule in every)
-
 
 def builtin_recipes() -> tuple[str, ...]:
     """The names of the recipes that come with the package."""

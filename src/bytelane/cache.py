@@ -1,0 +1,283 @@
+"""The int8 KV cache: what the phone's attention reads.
+
+A checkpoint may carry two static scales per attention layer. Keys (after their norm and rotation) and values (after
+their norm) are quantized when they are written to the cache, and attention reads what was written:
+
+    c = clamp(rne(f32(x) * f32(1 / s)), -128, 127)        at write, `torch.ops.bytelane.quantize`
+    y = f32(c) * s, cast to the dtype of x                 at read, one rounding to float32 and one to the dtype
+
+The tokens of the current call take the same way: they are written, then read. So a key has one value whether the query
+that meets it comes in the same call or a thousand tokens later, and cutting a prompt into pieces changes no key.
+
+`Int8Cache` is transformers' `DynamicCache` with another kind of layer in it. `DynamicLayer` and
+`DynamicSlidingWindowLayer` only ever concatenate, slice and index what they hold, whatever its dtype; the layers here
+hand them codes to keep and dequantize what they hand back. Windows, mask sizes, beams, cropping and batches are
+therefore transformers' own. Layers that reuse another layer's keys and values (Gemma 4's later ones) get the tensors
+that `update` returned and have nothing to store.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+from bytelane import ops as _ops  # noqa: F401  (registers torch.ops.bytelane)
+from bytelane.checkpoint import KVScales
+from bytelane.errors import MissingTensorError, ModelConfigError
+from bytelane.scheme import Numerics
+
+KVCacheChoice = Literal["auto", "int8", "float"]
+"""`auto` is `int8` where the numerics are integer and the checkpoint has the scales, else `float`."""
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`f32(codes) * scale`, cast to `dtype`.
+
+    Args:
+        codes: int8, any shape.
+        scale: float32, one element, on the device of `codes`.
+        dtype: of the result.
+    """
+    return codes.to(torch.float32).mul_(scale).to(dtype)
+
+
+class _Int8Storage(DynamicLayer):
+    """Turns a dynamic layer's storage into codes: quantizes what goes in, dequantizes what comes out."""
+
+    def __init__(self, scales: KVScales, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scales = scales
+        self.key_scale = torch.tensor(scales.k, dtype=torch.float32)
+        self.value_scale = torch.tensor(scales.v, dtype=torch.float32)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start empty, with int8 storage on the device of the states."""
+        # The base class takes its storage dtype and device from the tensors it is shown; the data is not used.
+        super().lazy_initialization(key_states[..., :0].to(torch.int8), value_states[..., :0].to(torch.int8))
+        self.key_scale = self.key_scale.to(self.device)
+        self.value_scale = self.value_scale.to(self.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the states of new tokens, then read all that attention may look at.
+
+        Args:
+            key_states: `[batch, KV heads, new tokens, head dim]`, float32, bfloat16 or float16.
+            value_states: likewise.
+            args: for the base class.
+            kwargs: for the base class.
+
+        Returns:
+            Dequantized keys and values `[batch, KV heads, visible tokens, head dim]` in the dtype of the states.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        quantize = torch.ops.bytelane.quantize
+        keys, values = super().update(
+            quantize(key_states, self.key_scale), quantize(value_states, self.value_scale), *args, **kwargs
+        )
+        return (
+            dequantize(keys, self.key_scale, key_states.dtype),
+            dequantize(values, self.value_scale, value_states.dtype),
+        )
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        # Before transformers 5.23 the base class zeroed its tensors and kept their length: a cache of zeros that
+        # attention would look at. Dropping them first is right for those and changes nothing for later ones.
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
+
+class Int8Layer(_Int8Storage, DynamicLayer):
+    """A full-attention layer: `keys` and `values` are int8 `[batch, KV heads, tokens, head dim]`."""
+
+
+class Int8SlidingWindowLayer(_Int8Storage, DynamicSlidingWindowLayer):
+    """A sliding-window layer: as `Int8Layer`, of the last `sliding_window - 1` tokens."""
+
+
+class Int8Cache(DynamicCache):
+    """A cache for one model that stores int8 codes wherever the checkpoint has scales for it.
+
+    Use it as any transformers cache: `model.generate(ids, past_key_values=Int8Cache(model.config, scales))`. Layers
+    without scales are float, as `DynamicCache` makes them. Iterating over it gives codes, not floats.
+    """
+
+    def __init__(self, config: PretrainedConfig, scales: Mapping[int, KVScales]) -> None:
+        """Make an empty cache.
+
+        Args:
+            config: the model's configuration.
+            scales: by index of the decoder layer. Scales of a layer that reuses another one's keys and values are
+                ignored: it writes nothing.
+
+        Raises:
+            ModelConfigError: scales for a layer the model does not have, or whose cache is of a kind that has no int8
+                form (linear attention, sparse attention with an indexer).
+        """
+        super().__init__(config=config)
+        depth = config.get_text_config(decoder=True).num_hidden_layers
+        for index, layer_scales in scales.items():
+            if not 0 <= index < depth:
+                raise ModelConfigError(f"KV-cache scales for layer {index} of {depth}", tensor="k_cache_scale")
+            # Layers that reuse keys and values come last; transformers before 5.23 makes no cache layer for them.
+            if index < len(self.layers):
+                self.layers[index] = _int8_layer(self.layers[index], layer_scales, index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, of all layers."""
+        return cache_bytes(self)
+
+
+def _int8_layer(layer: Any, scales: KVScales, index: int) -> Any:
+    # The exact types: a subclass holds more than keys and values, and the codes would be only half of its state.
+    if type(layer) is DynamicLayer:
+        return Int8Layer(scales)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return Int8SlidingWindowLayer(scales, sliding_window=layer.sliding_window)
+    if not hasattr(layer, "get_mask_sizes") and layer.keys is None:
+        return layer
+    raise ModelConfigError(
+        f"layer {index} has KV-cache scales, and its cache, {type(layer).__name__}, has no int8 form",
+        tensor="k_cache_scale",
+    )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values a cache holds. Memory a window was cut from is given back at the next token."""
+    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def rewind(cache: Cache, length: int) -> bool:
+    """Cut a cache back to its first `length` tokens.
+
+    Returns:
+        False, with the cache untouched, when it cannot be: a sliding window has dropped tokens that would be back in
+        view, or a layer keeps a running state. The caller then starts over with an empty cache.
+    """
+    remove = cache.get_seq_length() - length
+    if remove < 0:
+        raise ValueError(f"a cache of {cache.get_seq_length()} tokens cannot be cut to {length}")
+    if remove == 0:
+        return True
+    if not all(_keeps_all(layer) for layer in cache.layers):
+        return False
+    cache.crop(-remove)
+    return True
+
+
+def _keeps_all(layer: Any) -> bool:
+    """Whether a layer still holds every token it was given."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return False
+    return not isinstance(layer, DynamicSlidingWindowLayer) or layer.get_seq_length() < layer.sliding_window
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def install_kv_cache(
+    model: PreTrainedModel,
+    scales: Mapping[str, KVScales],
+    *,
+    choice: KVCacheChoice = "auto",
+    numerics: Numerics = Numerics.INTEGER,
+    file: Path | None = None,
+) -> None:
+    """Note a checkpoint's KV-cache scales on its model, and make `generate` use the int8 cache where it should.
+
+    Sets `model.bytelane_kv_scales` (`dict[int, KVScales]`, by decoder layer, what the checkpoint has) and
+    `model.bytelane_kv_cache` (`"int8"` or `"float"`, what `generate` and `make_cache` use).
+
+    Args:
+        model: the model.
+        scales: by name of the attention module.
+        choice: what the user asked for.
+        numerics: of the model's layers.
+        file: the checkpoint, for errors.
+
+    Raises:
+        ValueError: an unknown choice.
+        MissingTensorError: `int8` without scales.
+        ModelConfigError: scales of a module that is no decoder layer's attention, or as for `Int8Cache`.
+    """
+    if choice not in get_args(KVCacheChoice):
+        raise ValueError(f"kv_cache must be one of {', '.join(get_args(KVCacheChoice))}, found {choice!r}")
+    if choice == "int8" and not scales:
+        raise MissingTensorError(
+            "kv_cache='int8' needs the checkpoint's KV-cache scales, and it has none", file=file, tensor="k_cache_scale"
+        )
+    by_index = _by_layer(model, scales, file)
+    int8 = choice == "int8" or (choice == "auto" and numerics is Numerics.INTEGER and bool(scales))
+    state: Any = model
+    state.bytelane_kv_scales = by_index
+    state.bytelane_kv_cache = "int8" if int8 else "float"
+    if int8:
+        make_cache(model)  # refuses here, not in the middle of the first generation, what has no int8 form
+        # transformers has no registry for caches: `cache_implementation` takes names from a closed list, and the hook
+        # that makes the cache is private. The documented way is to pass `past_key_values`, so the model's own
+        # `generate` does that when the caller does not. On the instance, and as a bound method: the class is shared
+        # with other models, and a deep copy binds its own `generate` to itself.
+        state.generate = types.MethodType(_generate_with_int8_cache, model)
+
+
+def _by_layer(model: PreTrainedModel, scales: Mapping[str, KVScales], file: Path | None) -> dict[int, KVScales]:
+    """Scales by the index that the attention module passes to `Cache.update`."""
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    found: dict[int, KVScales] = {}
+    for name, layer_scales in scales.items():
+        module = model.get_submodule(name)
+        index = getattr(module, "layer_idx", None)
+        if id(module) not in decoder or not isinstance(index, int):
+            raise ModelConfigError(
+                "KV-cache scales belong to the attention modules of the decoder", file=file, tensor=name
+            )
+        found[index] = layer_scales
+    return found
+
+
+def kv_scales(model: PreTrainedModel) -> dict[int, KVScales]:
+    """The KV-cache scales of the checkpoint a model was loaded from, by decoder layer; empty if it had none."""
+    return dict(getattr(model, "bytelane_kv_scales", {}))
+
+
+def make_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache of the kind the model generates with: an `Int8Cache`, or transformers' own."""
+    if getattr(model, "bytelane_kv_cache", "float") == "int8":
+        return Int8Cache(model.config, kv_scales(model))
+    return DynamicCache(config=model.config)
+
+
+@functools.wraps(GenerationMixin.generate)
+def _generate_with_int8_cache(
+    self: Any,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    def setting(name: str) -> Any:
+        """As `generate` resolves it: the call's arguments, its configuration, the model's configuration."""
+        given = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
+        return next((value for value in given if value is not None), None)
+
+    # "hybrid" is an old name for the default that Gemma checkpoints still carry; `generate` reads it as none, too.
+    asked = setting("cache_implementation") not in (None, "hybrid")
+    if kwargs.get("past_key_values") is None and setting("use_cache") is not False and not asked:
+        cache = make_cache(self)
+        if setting("is_assistant"):
+            # As `generate` does with a cache of its own making: the candidates' tokens will be taken back.
+            cache.activate_past_recording()
+        kwargs["past_key_values"] = cache
+    return type(self).generate(self, inputs, generation_config, *args, **kwargs)
