@@ -42,12 +42,12 @@ def main() -> None:
         shutil.rmtree(OUTPUT)
     bytelane(
         "quantize", gguf.parent, OUTPUT, "--gguf", gguf.name, "--recipe", RECIPE, "--text", text,
-        "--split", "calibration",
+        "--split", "calibration", "--windows", "16",
     )  # fmt: skip
     bytelane("inspect", OUTPUT)
     bytelane("run", OUTPUT, QUESTION, "--greedy")
     bytelane(
-        "eval", OUTPUT, text, "--split", "evaluation", "--max-tokens", "8192",
+        "eval", OUTPUT, text, "--split", "evaluation", "--max-tokens", "4096",
         "--reference", gguf.parent, "--gguf", gguf.name,
     )  # fmt: skip
     print("\nThe model is in demo-model/. Talk to it: .venv/bin/bytelane chat demo-model")

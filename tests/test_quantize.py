@@ -338,7 +338,10 @@ def test_sharing_is_by_identity_and_version() -> None:
     used = [torch.tensor([i]) for i in range(3)]
     seen = observe(model, used, ["a", "b", "c"])
     assert seen.shared == (("a", "b"),)
-    assert (seen.inputs["a"].high, seen.inputs["c"].high) == (3.0, 3.0)  # values are those at the end of the pass
+    assert (seen.inputs["a"].high, seen.inputs["c"].high) == (2.0, 3.0)  # before and after the write in place
+    assert seen.inputs["a"].histogram is None
+    mixed = observe(model, used, ["a", "b", "c"], input_histograms=["b"])
+    assert int(mixed.inputs["a"].histogram.sum()) == mixed.inputs["a"].count == 12
     with pytest.raises(CalibrationError, match=r"never reached 1 layer\(s\), first d"):
         observe(model, used, ["a", "d"])
 

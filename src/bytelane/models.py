@@ -257,7 +257,7 @@ def _place(
         if name.rpartition(".")[0] in overrides:  # rounded, so a quantized layer by now
             taken(checkpoint.plain_bytes(name))
         else:
-            taken(_place_plain(model, name, checkpoint.read_plain(name), device))
+            taken(_place_plain(model, name, checkpoint.read_plain(name, copy=True), device))
     _tie_plain(model)
     missing = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if missing:
@@ -332,7 +332,8 @@ def _layer(
     numerics: Numerics,
     device: torch.device,
 ) -> QuantLinear | QuantEmbedding:
-    tensors = checkpoint.read(module.name)
+    # A linear gets memory of its own: it is streamed every token, and must not fault on a file that changes underneath.
+    tensors = checkpoint.read(module.name, copy=module.kind is Kind.LINEAR)
     weight = module.scheme.weight
     if module.kind is Kind.EMBEDDING:
         if type(original) is not nn.Embedding and not hasattr(original, "scalar_embed_scale"):
@@ -352,8 +353,7 @@ def _layer(
         )
     input_scale, output_scale = override.sides(tensors.input_scale, tensors.output_scale)
     return QuantLinear(
-        # A copy of its own: the rows are streamed every token, and must not fault on a file that changes underneath.
-        tensors.rows.to(device, copy=True),
+        tensors.rows.to(device),
         tensors.weight_scale.to(device),
         in_features=module.shape[1],
         num_bits=weight.num_bits,
@@ -390,7 +390,7 @@ def _place_plain(model: PreTrainedModel, name: str, tensor: torch.Tensor, device
     owner: Any = model.get_submodule(path)
     if leaf in owner._parameters:
         wanted = owner._parameters[leaf].dtype
-        owner._parameters[leaf] = nn.Parameter(tensor.to(device, wanted, copy=True), requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(tensor.to(device, wanted), requires_grad=False)
     else:
-        owner._buffers[leaf] = tensor.to(device, owner._buffers[leaf].dtype, copy=True)
+        owner._buffers[leaf] = tensor.to(device, owner._buffers[leaf].dtype)
     return tensor.nbytes

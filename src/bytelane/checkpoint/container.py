@@ -155,6 +155,7 @@ class TensorFiles:
         self.directory = directory
         self.infos: dict[str, TensorInfo] = {}
         self._handles: dict[str, Any] = {}
+        self._offsets: dict[str, dict[str, int]] = {}
         index = directory / INDEX_NAME
         weight_map = self._weight_map(index) if index.exists() else None
         self.source = index if weight_map is not None else directory / WEIGHTS_NAME
@@ -242,6 +243,32 @@ class TensorFiles:
         except SafetensorError as cause:
             raise FileFormatError(f"cannot be read: {cause}", file=self.path(name), tensor=name) from cause
         return found
+
+    def copy(self, name: str) -> Tensor:
+        """A tensor in memory of its own, read past the memory map.
+
+        Pages that are copied out of a map stay resident beside the copy for as long as any tensor of the file is in
+        use; read this way, they are in memory once.
+        """
+        info, file = self.infos[name], self.path(name)
+        data = torch.empty(self.nbytes(name), dtype=torch.uint8, device="cpu")
+        with file.open("rb") as stream:
+            stream.seek(self._begins(info.file)[name])
+            done = stream.readinto(memoryview(data.numpy()))
+        if done != data.numel():
+            raise TruncatedFileError(f"{data.numel()} bytes were to be read, {done} are there", file=file, tensor=name)
+        return data.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def _begins(self, shard: str) -> dict[str, int]:
+        """Where each tensor of a file begins, from the header that safetensors has checked."""
+        if shard not in self._offsets:
+            with (self.directory / shard).open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            self._offsets[shard] = {
+                name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+            }
+        return self._offsets[shard]
 
     def close(self) -> None:
         """Let go of the files. Tensors already read stay valid."""

@@ -158,7 +158,7 @@ class Checkpoint:
         """The scales of a quantized module, which were read and checked when the checkpoint was opened."""
         return self._entries[name].scales
 
-    def read(self, name: str) -> QuantizedTensors:
+    def read(self, name: str, *, copy: bool = False) -> QuantizedTensors:
         """The tensors of a quantized module in canonical form.
 
         Rows are a view of the memory map wherever the stored bytes are the canonical bytes: Gemma at 2 and 4 bits, and
@@ -166,6 +166,7 @@ class Checkpoint:
 
         Args:
             name: a key of `modules`.
+            copy: give rows and scales memory of their own, without touching the map.
 
         Returns:
             rows uint8 `[out, ceil(in * N / 8)]`, weight scales `[out, groups]` in the stored dtype, activation scales
@@ -180,7 +181,8 @@ class Checkpoint:
         layout, scales = entry.layout, entry.scales
         bias = None if layout.bias is None else self._files.tensor(layout.bias)
         with _located(self._files.path(layout.weight), name):
-            rows = read_rows(self._files.tensor(layout.weight), layout)
+            stored = self._files.copy(layout.weight) if copy else self._files.tensor(layout.weight)
+            rows = read_rows(stored, layout)
             if layout.kind is Kind.LINEAR:
                 check_full_length_rows(rows, layout.num_bits, layout.shape[1])
                 check_integer_form(
@@ -191,18 +193,21 @@ class Checkpoint:
                     scales.output_scale,
                     bias,
                 )
-        return QuantizedTensors(rows, scales.weight_scale, scales.input_scale, scales.output_scale, bias)
+        weight_scale = scales.weight_scale.clone() if copy else scales.weight_scale
+        return QuantizedTensors(rows, weight_scale, scales.input_scale, scales.output_scale, bias)
 
-    def read_plain(self, name: str) -> Tensor:
+    def read_plain(self, name: str, *, copy: bool = False) -> Tensor:
         """An unquantized tensor, as a view of the memory map.
 
         Args:
             name: a key of `plain`.
+            copy: in memory of its own instead.
 
         Raises:
             KeyError: no such unquantized tensor.
         """
-        return self._files.tensor(self.plain[name].name)
+        stored = self.plain[name].name
+        return self._files.copy(stored) if copy else self._files.tensor(stored)
 
 
 def open_checkpoint(

@@ -86,7 +86,7 @@ class Statistics:
         """
         if self.histogram is None:
             raise ValueError("percentiles need a histogram")
-        wanted = math.ceil(self.count * percent / 100)
+        wanted = math.ceil(int(self.histogram.sum()) * percent / 100)
         found = int(torch.searchsorted(self.histogram.cumsum(0), max(wanted, 1)))
         if found >= _INFINITY_BIN:
             return self.amax()
@@ -100,7 +100,7 @@ class Statistics:
         if self.histogram is None:
             raise ValueError("clip shares need a histogram")
         pattern = int(torch.tensor([limit]).to(torch.bfloat16).view(torch.int16))
-        return int(self.histogram[pattern + 1 :].sum()) / self.count
+        return int(self.histogram[pattern + 1 :].sum()) / int(self.histogram.sum())
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,12 @@ class Observations:
 
 
 @dataclass
-class _Pass:
-    """The inputs of one forward pass, held so that their identities stay unique."""
+class _Read:
+    """One tensor of a forward pass: itself (so that its identity stays its own), what it held, who read it."""
 
-    held: dict[tuple[int, int], tuple[Tensor, list[str]]] = field(default_factory=dict)
-
-    def read(self, x: Tensor, name: str) -> None:
-        readers = self.held.setdefault((id(x), x._version), (x, []))[1]
-        if name not in readers:
-            readers.append(name)
+    tensor: Tensor
+    statistics: Statistics
+    readers: list[str] = field(default_factory=list)
 
 
 class Observer:
@@ -147,7 +144,7 @@ class Observer:
         self._layers = layers
         self._input_histograms = frozenset(input_histograms)
         self._output_histograms = frozenset(output_histograms)
-        self._pass = _Pass()
+        self._pass: dict[tuple[int, int], _Read] = {}
         self._by_readers: dict[tuple[str, ...], Statistics] = {}
         self._outputs = {name: Statistics() for name in layers}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -166,9 +163,21 @@ class Observer:
 
     def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            self._pass.read(args[0] if args else kwargs["input"], name)
+            self._read(args[0] if args else kwargs["input"], name)
 
         return hook
+
+    def _read(self, x: Tensor, name: str) -> None:
+        """Count a tensor when it is first read (it may be written to later), or when a histogram is first wanted."""
+        kept = name in self._input_histograms
+        read = self._pass.get((id(x), x._version))
+        if read is None:
+            read = _Read(x, self._statistics(x, name, "input", histogram=kept))
+            self._pass[id(x), x._version] = read
+        elif kept and read.statistics.histogram is None:
+            read.statistics = self._statistics(x, name, "input", histogram=True)
+        if name not in read.readers:
+            read.readers.append(name)
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
@@ -186,12 +195,10 @@ class Observer:
         return found
 
     def end_pass(self, tokens: int) -> None:
-        """Count the inputs of the forward pass that just ended, once for each set of layers that read them."""
-        for x, readers in self._pass.held.values():
-            key = tuple(readers)
-            kept = not self._input_histograms.isdisjoint(key)
-            self._by_readers.setdefault(key, Statistics()).add(self._statistics(x, key[0], "input", histogram=kept))
-        self._pass = _Pass()
+        """Add the inputs of the forward pass that just ended to the sets of layers that read them; let go of them."""
+        for read in self._pass.values():
+            self._by_readers.setdefault(tuple(read.readers), Statistics()).add(read.statistics)
+        self._pass = {}
         self._tokens += tokens
 
     def result(self) -> Observations:
