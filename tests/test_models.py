@@ -248,3 +248,9 @@ def test_config_refusals(tmp_path: Path) -> None:
         (folder / "config.json").write_text(text)
         with pytest.raises(errors.ModelConfigError):
             bytelane.load_model(folder)
+
+
+def test_a_written_checkpoint_is_as_readable_as_its_configuration(tmp_path: Path) -> None:
+    tiny.write_random(tmp_path / "model", tiny.config("llama"), {"lm_head": LinearScheme(WeightScheme(8))})
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1

@@ -128,9 +128,9 @@ class DenseWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.dtype.is_floating_point:
-                if tensor.numel() in self.sizes:
-                    self.seen.append(str(func))
+            real = isinstance(tensor, torch.Tensor) and not tensor.is_meta
+            if real and tensor.dtype.is_floating_point and tensor.numel() in self.sizes:
+                self.seen.append(str(func))
         return out
 
 

@@ -254,7 +254,7 @@ class TensorFiles:
         data = torch.empty(self.nbytes(name), dtype=torch.uint8, device="cpu")
         with file.open("rb") as stream:
             stream.seek(self._begins(info.file)[name])
-            done = stream.readinto(memoryview(data.numpy()))
+            done = stream.readinto(data.numpy().data)
         if done != data.numel():
             raise TruncatedFileError(f"{data.numel()} bytes were to be read, {done} are there", file=file, tensor=name)
         return data.view(DTYPES[info.dtype]).reshape(info.shape)

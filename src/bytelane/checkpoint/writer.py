@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -299,6 +300,9 @@ def write_checkpoint(
         if copy_from is not None:
             _copy_small_files(Path(copy_from), staged)
         _write_json(staged / CONFIG_NAME, {**config, "quantization_config": quantization})
+        for weights in staged.glob("*.safetensors"):
+            # safetensors makes its files private; a checkpoint is as readable as the user's other files
+            weights.chmod(stat.S_IMODE((staged / CONFIG_NAME).stat().st_mode))
         _sync(staged)
         _replace(staged, target)
     except CheckpointError as error:
