@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import oracle
+from bytelane import numerics
 from bytelane.kernels import cpu
 from bytelane.packing import pack_rows
 
@@ -113,6 +114,34 @@ def test_accumulators_of_groups(isa, bits, k, group_size):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", cpu.PACKED_BITS)
+def test_accumulators_of_packed_groups(isa, bits):
+    """Groups of 1, 2, 3, ... times 16 bytes: whole vectors of every instruction set, and what only narrow ones fit."""
+    rng = generator(bits)
+    for units in (1, 2, 3, 4, 6, 8, 12):
+        size = units * cpu.GROUP_BITS // bits
+        for m, n, groups in ((0, 3, 2), (1, 1, 1), (1, 66, 3), (2, 5, 2), (5, 7, 5), (3, 130, 1)):
+            k = size * groups
+            check_accumulate(isa, "packed", bits, random_codes(rng, 8, m, k), random_codes(rng, bits, n, k), size)
+    for w in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1):
+        for a in (-128, 127):
+            size = cpu.GROUP_BITS // bits
+            q, codes = np.full((3, 40 * size), a, np.int8), np.full((5, 40 * size), w, np.int8)
+            check_accumulate(isa, "packed", bits, q, codes, size)
+            check_accumulate(isa, "packed", bits, q, codes, 40 * size)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_every_code_of_every_width_unpacks(isa, bits):
+    """A one-hot row of activations reads one code: all of them, at every place of a row of several unpacking steps."""
+    k = 137
+    codes = random_codes(generator(bits), bits, 9, k)
+    q = np.eye(k, dtype=np.int8)
+    check_accumulate(isa, "unpacked", bits, q, codes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_longest_extreme_row_wraps_to_the_same_bits(isa):
     """2^17 products of -128 and -128 are 2^31, one more than int32 holds: the only such sum, and it wraps."""
     q, codes = np.full((1, 131072), -128, np.int8), np.full((1, 131072), -128, np.int8)
@@ -128,13 +157,52 @@ def test_the_longest_extreme_row_wraps_to_the_same_bits(isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_of_every_form(isa, path, bits, dtype):
     rng = generator(bits, str(dtype))
-    for group_size in (0,) if path == "packed" else (0, 20):
-        for m, n, k in ((1, 65, 100), (7, 18, 100)):
+    for group_size, k in ((0, 100), (256 // bits, 512 // bits) if path == "packed" else (20, 100)):
+        for m, n in ((1, 65), (7, 18)):
             codes, weight_scale, s_in, s_out, bias = random_layer(rng, n, k, bits, group_size)
             x = torch.from_numpy(rng.normal(0, 2, (m, k)).astype(np.float32)).to(dtype)
             for output_scale in (s_out, None):
                 for b in (bias, None):
                     check_linear(isa, path, bits, x, codes, weight_scale, s_in, output_scale, b, group_size)
+
+
+@pytest.mark.parametrize(("isa", "path", "bits"), KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_of_one_input_are_the_same_bits_in_one_call(isa, path, bits, dtype):
+    """Rows concatenated, one output scale per channel: every part equals the part alone, and the oracle."""
+    rng = generator(bits, str(dtype))
+    size = 512 // bits if path == "packed" else 32
+    for group_size in (0, size):
+        k, s_in = 2 * size, np.float32(0.04)
+        parts = [random_layer(rng, n, k, bits, group_size) for n in (70, 1, 33)]
+        x = torch.from_numpy(rng.normal(0, 2, (5, k)).astype(np.float32)).to(dtype)
+        codes, weight_scale, bias = (np.concatenate([part[i] for part in parts]) for i in (0, 1, 4))
+        output_scale = np.concatenate([np.full(len(part[0]), part[3]) for part in parts])
+        for b in (bias, None):
+            args = (tensor(weight_scale), tensor(s_in), tensor(output_scale), tensor(b), bits, group_size)
+            for m in (1, 5):
+                merged = cpu.linear(x[:m], rows_of(codes, bits), *args, isa=isa, path=path)
+                apart = [
+                    cpu.linear(
+                        x[:m],
+                        rows_of(part[0], bits),
+                        tensor(part[1]),
+                        tensor(s_in),
+                        tensor(part[3]),
+                        None if b is None else tensor(part[4]),
+                        bits,
+                        group_size,
+                        isa=isa,
+                        path=path,
+                    )
+                    for part in parts
+                ]
+                assert torch.equal(merged, torch.cat(apart, 1))
+            acc = torch.from_numpy(oracle.accumulate(oracle.quantize(x.float().numpy(), s_in), codes, group_size))
+            acc = acc.to(torch.int32)
+            finished = cpu.requantize(acc, *args[:4], dtype, isa=isa)
+            assert torch.equal(finished, merged)
+            assert torch.equal(finished, numerics.requantize(acc, *args[:4], dtype))
 
 
 @pytest.mark.parametrize(("isa", "path", "bits"), KERNELS)
@@ -164,7 +232,7 @@ def test_outputs_on_half_steps_round_to_even(isa, path, bits):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("path", "bits", "group_size"), [("packed", 4, 0), ("packed", 8, 0), ("unpacked", 3, 64)])
+@pytest.mark.parametrize(("path", "bits", "group_size"), [("packed", 4, 0), ("packed", 8, 0), ("packed", 4, 64), ("packed", 2, 64), ("unpacked", 3, 64)])
 def test_bits_do_not_depend_on_threads_or_batch(isa, path, bits, group_size, threads):
     rng = generator(bits)
     n, k = 301, 576
@@ -360,7 +428,7 @@ def test_wrong_calls_are_refused():
     assert linear().shape == (2, 3)
     wrong = [
         lambda: accumulate(rows=torch.zeros(3, 24, dtype=torch.uint8), bits=3),
-        lambda: accumulate(group_size=32),
+        lambda: accumulate(group_size=16),
         lambda: accumulate(group_size=-1),
         lambda: accumulate(group_size=48, path="unpacked"),
         lambda: accumulate(bits=8),
@@ -376,6 +444,8 @@ def test_wrong_calls_are_refused():
         lambda: linear(weight_scale=weight_scale[:2]),
         lambda: linear(s_in=torch.tensor([0.1, 0.2])),
         lambda: linear(s_out=torch.tensor(0.1, dtype=torch.bfloat16)),
+        lambda: linear(s_out=torch.full((2,), 0.1)),
+        lambda: linear(s_out=torch.tensor(0.1).expand(3)),
         lambda: linear(bias=torch.zeros(4)),
         lambda: linear(x=q.double()),
         lambda: cpu.quantize(q, scale, isa=isa),

@@ -91,6 +91,8 @@ def test_text_only_gives_the_wrappers_logits(folders: dict[str, Path], storage: 
     assert {n for n, _ in text.named_buffers()} < {n for n, _ in whole.named_buffers()}
     inputs = wrapper.text_inputs()
     assert torch.equal(wrapper.logits(text, inputs), wrapper.logits(whole, inputs))
+    if numerics == "emulated":
+        return
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(text.generate(**inputs, **options), whole.generate(**inputs, **options))
 

@@ -73,8 +73,9 @@ def test_equals_load_model(folders: dict[str, Path], storage: str, numerics: str
     assert_same(found, expected)
     for make in (wrapper.text_inputs,) if text_only else (wrapper.text_inputs, wrapper.image_inputs):
         assert torch.equal(wrapper.logits(found, make()), wrapper.logits(expected, make()))
-    options: dict[str, Any] = {**wrapper.text_inputs(), "max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(found.generate(**options), expected.generate(**options))
+    if numerics == "integer":
+        options: dict[str, Any] = {**wrapper.text_inputs(), "max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(found.generate(**options), expected.generate(**options))
     assert found.bytelane_kv_cache == expected.bytelane_kv_cache == ("int8" if numerics == "integer" else "float")
 
 

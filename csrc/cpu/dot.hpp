@@ -142,36 +142,36 @@ template <class Isa, int Bits, int NR, int MR>
         flush();
     }
     for (int m = 0; m < MR; ++m) {
-        for (int n = 0; n < NR; ++n) sums[m][n] = Dot::total(sum[m][n]);
+        if constexpr (NR == 4) {
+            Isa::total_4(sum[m][0].wide, sum[m][1].wide, sum[m][2].wide, sum[m][3].wide, sums[m]);
+        } else {
+            for (int n = 0; n < NR; ++n) sums[m][n] = Isa::total(sum[m][n].wide);
+        }
     }
 }
 
 // MR activation rows against `count` weight rows: acc[(m * groups + g) * acc_stride + n]. A tile that sticks out past
-// the last row repeats that row and drops the result.
+// the last row repeats that row, and its result, in the rest of `acc`: acc_stride is a multiple of NR. The groups of a
+// tile come one after the other, so that its rows are read from front to back.
 template <class Isa, int Bits, int NR, int MR>
 void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m0, std::uint32_t offset,
               std::int32_t* acc, std::int64_t acc_stride) {
-    for (std::int64_t g = 0; g < codes.groups; ++g) {
-        const std::uint8_t* q[MR];
-        std::uint32_t correction[MR];
-        for (int m = 0; m < MR; ++m) {
-            q[m] = codes.first + (m0 + m) * codes.stride + g * codes.group_stride;
-            correction[m] = offset * static_cast<std::uint32_t>(codes.sums[(m0 + m) * codes.groups + g]);
-        }
-        for (std::int64_t n0 = 0; n0 < count; n0 += NR) {
+    for (std::int64_t n0 = 0; n0 < count; n0 += NR) {
+        for (std::int64_t g = 0; g < codes.groups; ++g) {
             const std::uint8_t* w[NR];
             for (int n = 0; n < NR; ++n) {
                 w[n] = rows.first + smaller(n0 + n, count - 1) * rows.stride + g * rows.group_stride;
             }
+            const std::uint8_t* q[MR];
+            for (int m = 0; m < MR; ++m) q[m] = codes.first + (m0 + m) * codes.stride + g * codes.group_stride;
             std::int32_t sums[MR][NR];
             dot_tile<Isa, Bits, NR, MR>(w, rows, q, sums);
-            const std::int64_t kept = smaller(NR, count - n0);
             for (int m = 0; m < MR; ++m) {
+                const std::uint32_t correction =
+                    offset * static_cast<std::uint32_t>(codes.sums[(m0 + m) * codes.groups + g]);
                 std::int32_t* out = acc + (m * codes.groups + g) * acc_stride + n0;
                 for (int n = 0; n < NR; ++n) {
-                    if (n < kept) {
-                        out[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[m][n]) - correction[m]);
-                    }
+                    out[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[m][n]) - correction);
                 }
             }
         }

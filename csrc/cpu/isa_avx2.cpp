@@ -1,4 +1,4 @@
-// x86-64 with AVX2 and F16C.
+// x86-64 with AVX2, FMA and F16C.
 //
 // 2 and 4 bits: `maddubs` multiplies unsigned bytes (the codes) by signed bytes (the activations) and adds pairs into
 // int16, saturating. A pair is at most 2 * (2^N - 1) * 128 in size, so this many of them fit int16, and then `madd` with
@@ -14,16 +14,24 @@
 #include <cstdint>
 #include <cstring>
 
+#include "embedding.hpp"
 #include "matmul.hpp"
+#include "weight_digits.hpp"
+#include "x86_unpack.hpp"
 
 namespace bytelane::cpu {
 namespace {
 
+struct Avx2Narrow;
+
 struct Avx2 {
+    using Narrow = Avx2Narrow;
+
     static constexpr int vector_bytes = 32;
     static constexpr int vector_rows = 1;
     static constexpr int tile_rows = 2;
     static constexpr int prefetch_bytes = 2048;
+    static constexpr int table_rows = 2;
 
     using Vector = __m256i;
 
@@ -40,6 +48,19 @@ struct Avx2 {
         sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
         sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
         return _mm_cvtsi128_si32(sum);
+    }
+
+    static void total_4(__m256i a, __m256i b, __m256i c, __m256i d, std::int32_t* out) {
+        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+        const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    }
+
+    static constexpr int unpack_codes = 32;
+
+    template <int Bits>
+    static void unpack_step(const std::uint8_t* codes, std::uint8_t* out) {
+        spread_32<Bits>(codes, out);
     }
 
     template <int Bits>
@@ -71,9 +92,28 @@ struct Avx2 {
         static void add(Sum& s, Vector u, Vector q) {
             s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(u, q));
         }
-
-        static std::int32_t total(const Sum& s) { return Avx2::total(s.wide); }
     };
+
+    // Sixteen float32 lanes.
+    struct Floats {
+        __m256 low, high;
+    };
+
+    static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static void store(float* p, Floats v) {
+        _mm256_storeu_ps(p, v.low);
+        _mm256_storeu_ps(p + 8, v.high);
+    }
+    static void add_product(Floats& sum, Floats a, Floats b) {
+        sum.low = _mm256_fmadd_ps(a.low, b.low, sum.low);
+        sum.high = _mm256_fmadd_ps(a.high, b.high, sum.high);
+    }
+
+    // The values of sixteen codes. A shuffle looks at the lowest bits of a lane only, so the codes of one 32-bit word
+    // need a shift each and no mask.
+    template <int Bits>
+    struct Table;
 
     static void widen_half(const std::uint16_t* in, float* out) {
         for (int i = 0; i < kChunk; i += 8) {
@@ -108,17 +148,121 @@ struct Avx2::Dot<8> {
     }
 
     static void add(Sum& s, Vector u, Vector q) { s.wide = _mm256_add_epi32(s.wide, _mm256_madd_epi16(u, q)); }
+};
 
-    static std::int32_t total(const Sum& s) { return Avx2::total(s.wide); }
+inline __m256i shifted_word(const std::uint8_t* codes, __m256i shifts) {
+    std::int32_t word;
+    std::memcpy(&word, codes, sizeof word);
+    return _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+}
+
+template <>
+struct Avx2::Table<3> {
+    static constexpr int bits = 3;
+    __m256 values;
+
+    explicit Table(const float* v) : values(_mm256_loadu_ps(v)) {}
+
+    Floats at(const std::uint8_t* codes) const {  // six bytes: the second word starts a byte early
+        const __m256i low = shifted_word(codes, _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21));
+        const __m256i high = shifted_word(codes + 2, _mm256_setr_epi32(8, 11, 14, 17, 20, 23, 26, 29));
+        return {_mm256_permutevar8x32_ps(values, low), _mm256_permutevar8x32_ps(values, high)};
+    }
+};
+
+template <>
+struct Avx2::Table<4> {
+    static constexpr int bits = 4;
+    __m256 low, high;
+
+    explicit Table(const float* v) : low(_mm256_loadu_ps(v)), high(_mm256_loadu_ps(v + 8)) {}
+
+    __m256 half(const std::uint8_t* codes) const {
+        const __m256i at = shifted_word(codes, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // the fourth bit, as a sign
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at), upper);
+    }
+
+    Floats at(const std::uint8_t* codes) const { return {half(codes), half(codes + 4)}; }
+};
+
+// 16-byte vectors, for groups that are not whole 32-byte ones.
+struct Avx2Narrow : Avx2 {
+    static constexpr int vector_bytes = 16;
+
+    using Vector = __m128i;
+
+    static Vector load(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+    static Vector load_some(const void* p, int bytes) {
+        alignas(16) std::uint8_t copy[vector_bytes] = {};
+        std::memcpy(copy, p, static_cast<std::size_t>(bytes));
+        return load(copy);
+    }
+
+    static std::int32_t total(__m128i wide) { return Avx2::total(_mm256_zextsi128_si256(wide)); }
+
+    static void total_4(__m128i a, __m128i b, __m128i c, __m128i d, std::int32_t* out) {
+        const __m128i sums = _mm_hadd_epi32(_mm_hadd_epi32(a, b), _mm_hadd_epi32(c, d));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    }
+
+    template <int Bits>
+    struct Dot {
+        using Lane = std::int8_t;
+        static constexpr int parts = 8 / Bits;
+        static constexpr int blocks_per_flush = Avx2::Dot<Bits>::blocks_per_flush;
+
+        struct Sum {
+            __m128i narrow, wide;
+        };
+
+        static void clear(Sum& s) { s.narrow = s.wide = _mm_setzero_si128(); }
+
+        static void flush(Sum& s) {
+            s.wide = _mm_add_epi32(s.wide, _mm_madd_epi16(s.narrow, _mm_set1_epi16(1)));
+            s.narrow = _mm_setzero_si128();
+        }
+
+        template <int P>
+        static Vector part(Vector w) {
+            if constexpr (P > 0) w = _mm_srli_epi16(w, P * Bits);
+            return _mm_and_si128(w, _mm_set1_epi8((1 << Bits) - 1));
+        }
+
+        static void add(Sum& s, Vector u, Vector q) { s.narrow = _mm_add_epi16(s.narrow, _mm_maddubs_epi16(u, q)); }
+    };
+};
+
+template <>
+struct Avx2Narrow::Dot<8> {
+    using Lane = std::int16_t;
+    static constexpr int parts = 2;
+    static constexpr int blocks_per_flush = 1 << 30;
+
+    struct Sum {
+        __m128i wide;
+    };
+
+    static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
+    static void flush(Sum&) {}
+
+    template <int P>
+    static Vector part(Vector w) {
+        return P == 0 ? _mm_and_si128(w, _mm_set1_epi16(255)) : _mm_srli_epi16(w, 8);
+    }
+
+    static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_add_epi32(s.wide, _mm_madd_epi16(u, q)); }
 };
 
 bool supported() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", supported, quantize<Avx2>, requantize<Avx2>, matmul<Avx2>};
+const Kernels avx2_kernels = {"avx2",       supported,         quantize<Avx2>, requantize<Avx2>,
+                              matmul<Avx2>, weight_only<Avx2>, embedding<Avx2>};
 
 }  // namespace bytelane::cpu

@@ -7,16 +7,24 @@
 #include <cstdint>
 #include <cstring>
 
+#include "embedding.hpp"
 #include "matmul.hpp"
+#include "weight_digits.hpp"
+#include "x86_unpack.hpp"
 
 namespace bytelane::cpu {
 namespace {
 
+struct Avx512VnniNarrow;
+
 struct Avx512Vnni {
+    using Narrow = Avx512VnniNarrow;
+
     static constexpr int vector_bytes = 64;
     static constexpr int vector_rows = 1;
     static constexpr int tile_rows = 4;
     static constexpr int prefetch_bytes = 2048;
+    static constexpr int table_rows = 4;
 
     using Vector = __m512i;
 
@@ -49,8 +57,67 @@ struct Avx512Vnni {
         }
 
         static void add(Sum& s, Vector u, Vector q) { s.wide = _mm512_dpbusd_epi32(s.wide, u, q); }
+    };
 
-        static std::int32_t total(const Sum& s) { return _mm512_reduce_add_epi32(s.wide); }
+    static std::int32_t total(__m512i wide) { return _mm512_reduce_add_epi32(wide); }
+
+    static __m256i fold(__m512i wide) {
+        return _mm256_add_epi32(_mm512_castsi512_si256(wide), _mm512_extracti64x4_epi64(wide, 1));
+    }
+
+    static void total_4(__m512i a, __m512i b, __m512i c, __m512i d, std::int32_t* out) {
+        const __m256i pairs =
+            _mm256_hadd_epi32(_mm256_hadd_epi32(fold(a), fold(b)), _mm256_hadd_epi32(fold(c), fold(d)));
+        const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    }
+
+    static constexpr int unpack_codes = 32;
+
+    template <int Bits>
+    static void unpack_step(const std::uint8_t* codes, std::uint8_t* out) {
+        spread_32<Bits>(codes, out);
+    }
+
+    // Sixteen float32 lanes.
+    using Floats = __m512;
+
+    static Floats zero() { return _mm512_setzero_ps(); }
+    static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+    static void add_product(Floats& sum, Floats a, Floats b) { sum = _mm512_fmadd_ps(a, b, sum); }
+
+    // The values of sixteen codes. A permutation looks at the lowest four bits of a lane only, so the
+    // codes need a shift each and no mask; three-bit values are there twice.
+    template <int Bits>
+    struct Table {
+        static_assert(Bits == 3 || Bits == 4);
+        static constexpr int bits = Bits;
+        __m512 values;
+
+        explicit Table(const float* v) {
+            if constexpr (Bits == 3) values = _mm512_broadcast_f32x8(_mm256_loadu_ps(v));
+            if constexpr (Bits == 4) values = _mm512_loadu_ps(v);
+        }
+
+        static __m512i word(const std::uint8_t* codes) {
+            std::int32_t word;
+            std::memcpy(&word, codes, sizeof word);
+            return _mm512_set1_epi32(word);
+        }
+
+        // Eight lanes see one word and eight the next.
+        Floats at(const std::uint8_t* codes) const {
+            if constexpr (Bits == 3) {  // six bytes: the second word starts a byte early
+                const __m512i shifts = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 8, 11, 14, 17, 20, 23, 26, 29);
+                const __m512i words = _mm512_mask_mov_epi32(word(codes), 0xff00, word(codes + 2));
+                return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), values);
+            } else {
+                const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+                const __m512i words = _mm512_mask_mov_epi32(word(codes), 0xff00, word(codes + 4));
+                return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), values);
+            }
+        }
     };
 
     static void widen_half(const std::uint16_t* in, float* out) {
@@ -67,6 +134,49 @@ struct Avx512Vnni {
     }
 };
 
+// 16-byte vectors, for groups that are not whole 64-byte ones.
+struct Avx512VnniNarrow : Avx512Vnni {
+    static constexpr int vector_bytes = 16;
+
+    using Vector = __m128i;
+
+    static Vector load(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+    static Vector load_some(const void* p, int bytes) {
+        return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << bytes) - 1), p);
+    }
+
+    static std::int32_t total(__m128i wide) { return Avx512Vnni::total(_mm512_zextsi128_si512(wide)); }
+
+    static void total_4(__m128i a, __m128i b, __m128i c, __m128i d, std::int32_t* out) {
+        const __m128i sums = _mm_hadd_epi32(_mm_hadd_epi32(a, b), _mm_hadd_epi32(c, d));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    }
+
+    template <int Bits>
+    struct Dot {
+        using Lane = std::int8_t;
+        static constexpr int parts = 8 / Bits;
+        static constexpr int blocks_per_flush = 1 << 30;
+
+        struct Sum {
+            __m128i wide;
+        };
+
+        static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
+        static void flush(Sum&) {}
+
+        template <int P>
+        static Vector part(Vector w) {
+            if constexpr (Bits == 8) return w;
+            if constexpr (P > 0) w = _mm_srli_epi16(w, P * Bits);
+            return _mm_and_si128(w, _mm_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+        }
+
+        static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_dpbusd_epi32(s.wide, u, q); }
+    };
+};
+
 bool supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -76,7 +186,8 @@ bool supported() {
 
 }  // namespace
 
-const Kernels avx512vnni_kernels = {"avx512vnni", supported, quantize<Avx512Vnni>, requantize<Avx512Vnni>,
-                                    matmul<Avx512Vnni>};
+const Kernels avx512vnni_kernels = {"avx512vnni",           supported,          quantize<Avx512Vnni>,
+                                    requantize<Avx512Vnni>, matmul<Avx512Vnni>, weight_only<Avx512Vnni>,
+                                    embedding<Avx512Vnni>};
 
 }  // namespace bytelane::cpu

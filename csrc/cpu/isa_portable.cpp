@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "embedding.hpp"
 #include "matmul.hpp"
+#include "weight_digits.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -14,12 +16,16 @@ using Int16x8 = std::int16_t __attribute__((vector_size(16)));
 using Uint16x8 = std::uint16_t __attribute__((vector_size(16)));
 using Int32x4 = std::int32_t __attribute__((vector_size(16)));
 using Uint32x4 = std::uint32_t __attribute__((vector_size(16)));
+using Float32x4 = float __attribute__((vector_size(16)));
 
 struct Portable {
+    using Narrow = Portable;
+
     static constexpr int vector_bytes = 16;
     static constexpr int vector_rows = 1;
     static constexpr int tile_rows = 1;
     static constexpr int prefetch_bytes = 2048;
+    static constexpr int table_rows = 1;
 
     using Vector = Uint16x8;
 
@@ -60,9 +66,46 @@ struct Portable {
             const Int32x4 odd = reinterpret_cast<Int32x4>(product) >> 16;
             s.wide += reinterpret_cast<Uint32x4>(even) + reinterpret_cast<Uint32x4>(odd);
         }
+    };
 
-        static std::int32_t total(const Sum& s) {
-            return static_cast<std::int32_t>(s.wide[0] + s.wide[1] + s.wide[2] + s.wide[3]);
+    static std::int32_t total(Uint32x4 wide) { return static_cast<std::int32_t>(wide[0] + wide[1] + wide[2] + wide[3]); }
+
+    static void total_4(Uint32x4 a, Uint32x4 b, Uint32x4 c, Uint32x4 d, std::int32_t* out) {
+        out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+    }
+
+    static constexpr int unpack_codes = 0;
+
+    // Sixteen float32 lanes.
+    struct Floats {
+        Float32x4 part[4];
+    };
+
+    static Floats zero() { return {}; }
+    static Floats load(const float* p) {
+        Floats v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
+    static void add_product(Floats& sum, const Floats& a, const Floats& b) {
+        for (int i = 0; i < 4; ++i) sum.part[i] = sum.part[i] + a.part[i] * b.part[i];
+    }
+
+    // The values of sixteen codes.
+    template <int Bits>
+    struct Table {
+        static constexpr int bits = Bits;
+        float values[1 << Bits];
+
+        explicit Table(const float* v) { std::memcpy(values, v, sizeof values); }
+
+        Floats at(const std::uint8_t* codes) const {
+            std::uint64_t word = 0;
+            std::memcpy(&word, codes, 2 * Bits);
+            float v[16];
+            for (int i = 0; i < 16; ++i) v[i] = values[word >> (i * Bits) & ((1 << Bits) - 1)];
+            return load(v);
         }
     };
 
@@ -79,6 +122,9 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", supported, quantize<Portable>, requantize<Portable>, matmul<Portable>};
+const Kernels portable_kernels = {"portable",       supported,
+                                  quantize<Portable>, requantize<Portable>,
+                                  matmul<Portable>,   weight_only<Portable>,
+                                  embedding<Portable>};
 
 }  // namespace bytelane::cpu

@@ -8,9 +8,12 @@ namespace bytelane::cpu {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// packed reads the canonical rows directly (2, 4 or 8 bits, one scale per channel); unpacked first spreads a few rows
-// to one byte a code (any width, channel or group scales).
+// packed reads the canonical rows directly (2, 4 or 8 bits, groups of whole 16 bytes if any); unpacked first spreads a
+// few rows to one byte a code (any width, any groups).
 enum class Path : int { packed = 0, unpacked = 1 };
+
+// The packed path takes groups of whole multiples of this many bytes, on every instruction set.
+constexpr std::int64_t kGroupBytes = 16;
 
 // x float -> int8 codes, `count` elements.
 struct Quantize {
@@ -26,9 +29,10 @@ struct Quantize {
 struct Output {
     const float* weight_scale;  // [N][groups]
     const float* input_scale;
-    const float* output_scale;
-    const float* bias;  // [N]
-    void* y;            // [M][N]
+    const float* output_scale;   // one, or [N]
+    std::int64_t output_stride;  // from one channel's output scale to the next: 0 or 1
+    const float* bias;           // [N]
+    void* y;                     // [M][N]
     Dtype dtype;
 };
 
@@ -54,12 +58,47 @@ struct Matmul {
     int threads;
 };
 
+// y = fake_quantize(x . T(codes * weight_scale) + bias) for activations that are not quantized, in their dtype T.
+// `output_scale` and `bias` may be null.
+struct WeightOnly {
+    const void* x;              // [M][K] of dtype, which is not float32
+    const std::uint8_t* w;      // canonical rows, N of them
+    const float* weight_scale;  // [N][groups]
+    const float* output_scale;  // one
+    const float* bias;          // [N]
+    void* y;                    // [M][N]
+    Dtype dtype;
+    std::int64_t m, n, k;
+    int bits;
+    std::int64_t groups;
+    int threads;
+};
+
+// y[i] = T(T(codes * weight_scale) * embed_scale) of row ids[i], T being dtype. Every id is a row of the table.
+struct Embedding {
+    const void* ids;  // [count], int64 or int32
+    bool wide_ids;
+    std::int64_t count;
+    const std::uint8_t* w;
+    std::int64_t row_stride;    // bytes
+    const float* weight_scale;  // [rows][groups]
+    std::int64_t scale_stride;  // elements
+    std::int64_t dim, groups;
+    int bits;
+    float embed_scale;
+    void* y;  // [count][dim]
+    Dtype dtype;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     bool (*supported)();
     void (*quantize)(const Quantize&);
     void (*requantize)(const Requantize&);
     void (*matmul)(const Matmul&);
+    void (*weight_only)(const WeightOnly&);
+    void (*embedding)(const Embedding&);
 };
 
 extern const Kernels avx512vnni_kernels;

@@ -9,8 +9,9 @@
 // An accumulator is one exact integer and an output depends on its own accumulators alone, so the bits do not depend on
 // the number of threads, the panel, the block or M.
 //
-// Path `packed` dots the canonical rows in place. Path `unpacked` first spreads a panel's rows to bytes, each group
-// padded to whole vectors, and dots those as 8-bit rows:
+// Path `packed` dots the canonical rows in place; a group is then a whole number of vectors, if need be of the narrow
+// 16-byte ones. Path `unpacked` first spreads a panel's rows to bytes, each group padded to whole vectors, and dots
+// those as 8-bit rows:
 //
 //     row of the panel     g0: u0 u1 ... 0 0 | g1: u0 u1 ... 0 0 | ...
 #pragma once
@@ -110,13 +111,20 @@ class MatmulDriver {
 
     Rows rows_of(std::int64_t n0, std::int64_t count, std::uint8_t* unpacked) const {
         const std::uint8_t* first = a_.w + n0 * row_bytes_;
+        const std::uint8_t* end = a_.w + a_.n * row_bytes_;
         if constexpr (!Unpack) {
-            return {first, a_.w + a_.n * row_bytes_, row_bytes_, 0, row_bytes_};
+            const std::int64_t group_bytes = groups_ > 1 ? size_ * Bits / 8 : row_bytes_;
+            return {first, end, row_bytes_, group_bytes, group_bytes};
         } else {
             for (std::int64_t n = 0; n < count; ++n) {
+                const std::uint8_t* row = first + n * row_bytes_;
+                if (groups_ > 1 && size_ == u_group_) {  // nothing to pad: the row as a whole
+                    unpack<Isa>(a_.bits, row, end - row, 0, a_.k, unpacked + n * u_row_);
+                    continue;
+                }
                 for (std::int64_t g = 0; g < groups_; ++g) {
                     std::uint8_t* out = unpacked + n * u_row_ + g * u_group_;
-                    unpack(a_.bits, first + n * row_bytes_, row_bytes_, g * size_, size_, out);
+                    unpack<Isa>(a_.bits, row, end - row, g * size_, size_, out);
                     const std::int64_t written = ceil_div(size_, 8) * 8;
                     std::memset(out + written, 0, u_group_ - written);
                 }
@@ -143,7 +151,11 @@ class MatmulDriver {
                 tile = 2;
                 dot_rows<Isa, Bits, Isa::tile_rows, 2>(rows, count, codes, m, offset, acc, kPanel);
             } else {
-                dot_rows<Isa, Bits, Isa::vector_rows, 1>(rows, count, codes, m, offset, acc, kPanel);
+                if (groups_ > 1) {
+                    dot_rows<Isa, Bits, 4, 1>(rows, count, codes, m, offset, acc, kPanel);
+                } else {
+                    dot_rows<Isa, Bits, Isa::vector_rows, 1>(rows, count, codes, m, offset, acc, kPanel);
+                }
             }
             for (std::int64_t i = 0; i < tile; ++i) store(acc + i * groups_ * kPanel, scales, m0 + m + i, n0, count);
             m += tile;
@@ -168,14 +180,26 @@ class MatmulDriver {
     int threads_;
 };
 
+template <class Isa, int Bits>
+void matmul_packed(const Matmul& args) {
+    static_assert(Layout<typename Isa::Narrow, Bits>::vector_bytes == kGroupBytes);
+    if (args.group_size % Layout<Isa, Bits>::block_codes == 0) return MatmulDriver<Isa, Bits, false>(args).run();
+    MatmulDriver<typename Isa::Narrow, Bits, false>(args).run();
+}
+
 template <class Isa>
 void matmul(const Matmul& args) {
     if (args.m == 0 || args.n == 0) return;
-    if (args.path == Path::unpacked) return MatmulDriver<Isa, 8, true>(args).run();
+    if (args.path == Path::unpacked) {
+        if (args.group_size % Layout<Isa, 8>::block_codes != 0 && args.group_size % kGroupBytes == 0) {
+            return MatmulDriver<typename Isa::Narrow, 8, true>(args).run();
+        }
+        return MatmulDriver<Isa, 8, true>(args).run();
+    }
     switch (args.bits) {
-        case 2: return MatmulDriver<Isa, 2, false>(args).run();
-        case 4: return MatmulDriver<Isa, 4, false>(args).run();
-        default: return MatmulDriver<Isa, 8, false>(args).run();
+        case 2: return matmul_packed<Isa, 2>(args);
+        case 4: return matmul_packed<Isa, 4>(args);
+        default: return matmul_packed<Isa, 8>(args);
     }
 }
 

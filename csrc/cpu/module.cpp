@@ -66,9 +66,28 @@ void check_sizes(std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::
                " input features");
     }
     if (path != 0 && path != 1) refuse("path must be 0 (packed) or 1 (unpacked), found " + std::to_string(path));
-    if (path == 0 && ((bits != 2 && bits != 4 && bits != 8) || group_size != 0)) {
-        refuse("the packed path takes 2, 4 or 8 bits with one scale per output channel, found " +
+    if (path == 0 && ((bits != 2 && bits != 4 && bits != 8) || group_size * bits % (8 * kGroupBytes) != 0)) {
+        refuse("the packed path takes 2, 4 or 8 bits and groups of whole multiples of 16 bytes, found " +
                std::to_string(bits) + " bits and group size " + std::to_string(group_size));
+    }
+}
+
+std::int64_t check_output_scales(std::int64_t output_scales, std::int64_t n) {
+    if (output_scales != 0 && output_scales != 1 && output_scales != n) {
+        refuse("there must be one output scale or one for each of the " + std::to_string(n) + " channels, found " +
+               std::to_string(output_scales));
+    }
+    return output_scales > 1 ? 1 : 0;
+}
+
+// Whether every id is a row of the table; nothing is read before this is known.
+template <class Id>
+void check_ids(const Id* ids, std::int64_t count, std::int64_t rows) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= rows) {
+            throw std::out_of_range("the id " + std::to_string(ids[i]) + " is not one of the table's " +
+                                    std::to_string(rows) + " rows");
+        }
     }
 }
 
@@ -92,29 +111,66 @@ void call_accumulate(int isa, int path, std::uintptr_t q, std::uintptr_t w, std:
 }
 
 void call_requantize(int isa, std::uintptr_t acc, std::uintptr_t weight_scale, std::uintptr_t input_scale,
-                     std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y, int dtype, std::int64_t m,
-                     std::int64_t n, std::int64_t groups, int threads) {
+                     std::uintptr_t output_scale, std::int64_t output_scales, std::uintptr_t bias, std::uintptr_t y,
+                     int dtype, std::int64_t m, std::int64_t n, std::int64_t groups, int threads) {
     if (m < 0 || n < 0 || groups < 1) refuse("sizes must not be negative, and groups at least 1");
     kernels(isa).requantize({pointer<const std::int32_t>(acc),
                              {pointer<const float>(weight_scale), pointer<const float>(input_scale),
-                              pointer<const float>(output_scale), pointer<const float>(bias), pointer<void>(y),
-                              dtype_of(dtype)},
+                              pointer<const float>(output_scale), check_output_scales(output_scales, n),
+                              pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)},
                              m, n, groups, at_least_one(threads)});
 }
 
 void call_linear(int isa, int path, std::uintptr_t x, int dtype, std::uintptr_t w, std::uintptr_t weight_scale,
-                 std::uintptr_t input_scale, std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y,
-                 std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int threads) {
+                 std::uintptr_t input_scale, std::uintptr_t output_scale, std::int64_t output_scales,
+                 std::uintptr_t bias, std::uintptr_t y, std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int threads) {
     check_sizes(m, n, k, bits, group_size, path);
     Matmul args = {};
     args.x = pointer<const void>(x);
     args.w = pointer<const std::uint8_t>(w);
     args.output = {pointer<const float>(weight_scale), pointer<const float>(input_scale),
-                   pointer<const float>(output_scale), pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)};
+                   pointer<const float>(output_scale), check_output_scales(output_scales, n),
+                   pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)};
     args.m = m, args.n = n, args.k = k;
     args.bits = bits, args.group_size = group_size;
     args.path = static_cast<Path>(path), args.threads = at_least_one(threads);
     kernels(isa).matmul(args);
+}
+
+void check_table(std::int64_t count, std::int64_t k, int bits, std::int64_t groups) {
+    if (count < 0 || k < 0) refuse("sizes must not be negative");
+    if (k > kMaxInFeatures) refuse("at most 131072 codes in a row are taken, found " + std::to_string(k));
+    if (bits < 2 || bits > 8) refuse("bits must be 2..8, found " + std::to_string(bits));
+    if (groups < 1 || k % groups != 0 || (k == 0 && groups != 1)) {
+        refuse(std::to_string(groups) + " scales a row do not divide " + std::to_string(k) + " codes");
+    }
+}
+
+void call_weight_only(int isa, std::uintptr_t x, int dtype, std::uintptr_t w, std::uintptr_t weight_scale,
+                      std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y, std::int64_t m,
+                      std::int64_t n, std::int64_t k, int bits, std::int64_t groups, int threads) {
+    check_table(m, k, bits, groups);
+    if (n < 0) refuse("sizes must not be negative");
+    if (dtype_of(dtype) == Dtype::float32) refuse("dtype must be bfloat16 or float16");
+    kernels(isa).weight_only({pointer<const void>(x), pointer<const std::uint8_t>(w),
+                              pointer<const float>(weight_scale), pointer<const float>(output_scale),
+                              pointer<const float>(bias), pointer<void>(y), dtype_of(dtype), m, n, k, bits, groups,
+                              at_least_one(threads)});
+}
+
+void call_embedding(int isa, std::uintptr_t ids, bool wide_ids, std::int64_t count, std::uintptr_t w,
+                    std::int64_t row_stride, std::uintptr_t weight_scale, std::int64_t scale_stride,
+                    std::int64_t rows, std::int64_t dim, std::int64_t groups, int bits, float embed_scale,
+                    std::uintptr_t y, int dtype, int threads) {
+    check_table(count, dim, bits, groups);
+    if (wide_ids) {
+        check_ids(pointer<const std::int64_t>(ids), count, rows);
+    } else {
+        check_ids(pointer<const std::int32_t>(ids), count, rows);
+    }
+    kernels(isa).embedding({pointer<const void>(ids), wide_ids, count, pointer<const std::uint8_t>(w), row_stride,
+                            pointer<const float>(weight_scale), scale_stride, dim, groups, bits, embed_scale,
+                            pointer<void>(y), dtype_of(dtype), at_least_one(threads)});
 }
 
 }  // namespace
@@ -138,4 +194,6 @@ NB_MODULE(_native, m) {
     m.def("accumulate", call_accumulate, Free());
     m.def("requantize", call_requantize, Free());
     m.def("linear", call_linear, Free());
+    m.def("weight_only", call_weight_only, Free());
+    m.def("embedding", call_embedding, Free());
 }

@@ -4,6 +4,7 @@
 //     total     = f32(acc[m,n,0] + b[n]) * r[n,0] + f32(acc[m,n,1]) * r[n,1] + ...        in ascending g
 //     y         = f32(clamp(rne(total), -128, 127)) * s_out, or total + bias[n]           cast to the dtype of x
 //     b[n]      = rne(bias[n] / unit[n,0]) with an output scale and one group, else 0
+//     s_out     one for all channels, or one for each
 //
 // With an output scale and several groups `bias[n] / s_out` is added to the total last.
 //
@@ -31,12 +32,14 @@ struct PanelScales {
     float* scale;              // [groups][kPanel]
     std::int32_t* bias_codes;  // [kPanel]
     float* bias;               // [kPanel]
+    float* output;             // [kPanel]
 };
 
-inline std::int64_t panel_scales_bytes(std::int64_t groups) { return (groups + 2) * kPanel * 4; }
+inline std::int64_t panel_scales_bytes(std::int64_t groups) { return (groups + 3) * kPanel * 4; }
 
 inline PanelScales take_panel_scales(Carver& memory, std::int64_t groups) {
-    return {memory.take<float>(groups * kPanel), memory.take<std::int32_t>(kPanel), memory.take<float>(kPanel)};
+    return {memory.take<float>(groups * kPanel), memory.take<std::int32_t>(kPanel), memory.take<float>(kPanel),
+            memory.take<float>(kPanel)};
 }
 
 // float to int32 with the one out-of-range answer x86 gives, which is also torch's.
@@ -56,7 +59,10 @@ inline float round_any(float value) {
 
 inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0, std::int64_t count, PanelScales& p) {
     const float s_in = *o.input_scale;
-    const float s_out = o.output_scale ? *o.output_scale : 1.0f;
+    for (std::int64_t n = 0; n < kPanel; ++n) p.output[n] = 1.0f;
+    if (o.output_scale) {
+        for (std::int64_t n = 0; n < count; ++n) p.output[n] = o.output_scale[(n0 + n) * o.output_stride];
+    }
     float unit[kPanel] = {};
     for (std::int64_t g = 0; g < groups; ++g) {
         const float* weight_scale = o.weight_scale + n0 * groups + g;
@@ -66,7 +72,7 @@ inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0,
             for (std::int64_t n = 0; n < count; ++n) unit[n] = s_in * weight_scale[n * groups];
         }
         // dividing by 1 changes nothing, and keeps this one loop
-        for (std::int64_t n = 0; n < kPanel; ++n) p.scale[g * kPanel + n] = unit[n] / s_out;
+        for (std::int64_t n = 0; n < kPanel; ++n) p.scale[g * kPanel + n] = unit[n] / p.output[n];
     }
     for (std::int64_t n = 0; n < kPanel; ++n) {
         p.bias_codes[n] = 0;
@@ -78,7 +84,7 @@ inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0,
         if (o.output_scale && groups == 1) {
             p.bias_codes[n] = int_from_float(round_any(bias / unit[n]));
         } else {
-            p.bias[n] = bias / s_out;
+            p.bias[n] = bias / p.output[n];
         }
     }
 }
@@ -90,7 +96,6 @@ void finish_panel(const std::int32_t* __restrict acc, const PanelScales& p, cons
                   std::int64_t count, void* y) {
     const bool quantized = o.output_scale != nullptr;
     const bool float_bias = o.bias != nullptr && !(quantized && groups == 1);
-    const float s_out = quantized ? *o.output_scale : 1.0f;
     const std::int64_t whole = ceil_div(count, kStep) * kStep;
     const float* __restrict scale = p.scale;
     alignas(64) float total[kPanel];
@@ -106,7 +111,7 @@ void finish_panel(const std::int32_t* __restrict acc, const PanelScales& p, cons
         for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + p.bias[n];
     }
     if (quantized) {
-        for (std::int64_t n = 0; n < whole; ++n) total[n] = round_small(clamp_nan_high(total[n])) * s_out;
+        for (std::int64_t n = 0; n < whole; ++n) total[n] = round_small(clamp_nan_high(total[n])) * p.output[n];
     }
     narrow<Isa>(total, o.dtype, y, count);
 }

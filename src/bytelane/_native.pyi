@@ -1,7 +1,8 @@
 """The native kernels (csrc/cpu/module.cpp): addresses as integers, sizes, and no tensor.
 
 `isa` is an index into `isas()`; `path` is 0 (packed) or 1 (unpacked); a dtype is 0 (float32), 1 (bfloat16) or
-2 (float16); an absent output scale or bias is address 0. A wrong size or an unsupported `isa` raises ValueError.
+2 (float16); an absent output scale or bias is address 0; `output_scales` says how many there are: 0, 1 or n. A wrong
+size or an unsupported `isa` raises ValueError, an id outside a table IndexError.
 """
 
 def isas() -> list[str]: ...
@@ -16,6 +17,7 @@ def requantize(
     weight_scale: int,
     input_scale: int,
     output_scale: int,
+    output_scales: int,
     bias: int,
     y: int,
     dtype: int,
@@ -34,6 +36,7 @@ def linear(
     weight_scale: int,
     input_scale: int,
     output_scale: int,
+    output_scales: int,
     bias: int,
     y: int,
     m: int,
@@ -41,6 +44,42 @@ def linear(
     k: int,
     bits: int,
     group_size: int,
+    threads: int,
+    /,
+) -> None: ...
+def weight_only(
+    isa: int,
+    x: int,
+    dtype: int,
+    w: int,
+    weight_scale: int,
+    output_scale: int,
+    bias: int,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    groups: int,
+    threads: int,
+    /,
+) -> None: ...
+def embedding(
+    isa: int,
+    ids: int,
+    wide_ids: bool,
+    count: int,
+    w: int,
+    row_stride: int,
+    weight_scale: int,
+    scale_stride: int,
+    rows: int,
+    dim: int,
+    groups: int,
+    bits: int,
+    embed_scale: float,
+    y: int,
+    dtype: int,
     threads: int,
     /,
 ) -> None: ...

@@ -23,7 +23,8 @@ from bytelane.kernels import cpu, reference
 from bytelane.scheme import MAX_BITS, MIN_BITS
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+HALVES = frozenset({torch.bfloat16, torch.float16})
+FLOATS = HALVES | {torch.float32}
 
 ISA_VARIABLE = "BYTELANE_CPU_ISA"
 
@@ -68,7 +69,7 @@ class Kernel:
         device: the device type it needs; None for any.
         isa: the CPU instruction set it needs; None for any.
         bits: the widths it takes.
-        grouped: whether it takes group scales.
+        group_bits: the packed bits of a group must be a multiple of this; 1 for any group.
         dtypes: the activation dtypes it takes.
         min_rows: the fewest rows it takes.
         max_rows: the most rows it takes; None for any number.
@@ -81,7 +82,7 @@ class Kernel:
     device: str | None = None
     isa: str | None = None
     bits: frozenset[int] = ALL_BITS
-    grouped: bool = True
+    group_bits: int = 1
     dtypes: frozenset[torch.dtype] = FLOATS
     min_rows: int = 0
     max_rows: int | None = None
@@ -94,8 +95,8 @@ class Kernel:
             return f"needs {self.isa}, available here: {', '.join(machine.isas) or 'none'}"
         if problem.num_bits not in self.bits:
             return f"takes {_ranges(self.bits)} bits, this is {problem.num_bits}"
-        if problem.group_size and not self.grouped:
-            return f"takes one scale per channel, this has groups of {problem.group_size}"
+        if problem.group_size * problem.num_bits % self.group_bits:
+            return f"takes groups of whole multiples of {self.group_bits} bits, this has {problem.group_size} codes"
         if problem.dtype not in self.dtypes:
             return f"takes {', '.join(sorted(str(d) for d in self.dtypes))}, this is {problem.dtype}"
         if problem.rows < self.min_rows or (self.max_rows is not None and problem.rows > self.max_rows):
@@ -126,11 +127,21 @@ def _cpu_rows(isa: str) -> list[Kernel]:
     for op, function in (("linear", cpu.linear), ("accumulate", cpu.accumulate)):
         dtypes = FLOATS if op == "linear" else frozenset({torch.int8})
         for path, about, limits in (
-            ("packed", "reads packed codes straight from the rows", {"bits": packed, "grouped": False}),
+            ("packed", "reads packed codes straight from the rows", {"bits": packed, "group_bits": cpu.GROUP_BITS}),
             ("unpacked", "unpacks a block of rows to bytes, then dots bytes", {}),
         ):
             run = functools.partial(function, isa=isa, path=path)
             rows.append(row(op, path, run, about, dtypes=dtypes, **limits))
+    rows.append(
+        row(
+            "linear_weight_only",
+            "float",
+            functools.partial(cpu.linear_weight_only, isa=isa),
+            "16-bit activations, sums in an order that K alone fixes; float32 ones keep torch's own matmul",
+            dtypes=HALVES,
+        )
+    )
+    rows.append(row("embedding", "", functools.partial(cpu.embedding, isa=isa), "gathers and dequantizes in one pass"))
     rows.append(row("quantize", "", functools.partial(cpu.quantize, isa=isa), "one pass over the activations"))
     rows.append(row("requantize", "", functools.partial(cpu.requantize, isa=isa), "one pass over the accumulators"))
     return rows

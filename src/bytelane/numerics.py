@@ -10,6 +10,8 @@ multiply-add), `rne` rounds half to even, and the accumulator is exact:
     y[m,n]   = f32(o[m,n]) * s_out, cast to the dtype of x
 
 - Without an output scale: `y = f32(acc) * f32(s_in * s_w[n])`, then the float bias is added, then the cast.
+- `s_out` is one scale, or one per output channel: layers that read one tensor run as one, each with its own scale,
+  and every output is the same bits as apart.
 - With a bias and an output scale the bias is an int32 in units of the accumulator:
   `b[n] = rne(bias[n] / f32(s_in * s_w[n]))` joins `acc` before the requantization.
 - Group scales: each group g has its own exact `acc` and its own `r[n,g]`. The products `f32(acc_g) * r[n,g]` are
@@ -103,7 +105,7 @@ def requantize(
         acc: int32 `[M, out, groups]`.
         weight_scale: float32 `[out, groups]`.
         input_scale: float32, one element.
-        output_scale: float32, one element, or None for an output that is not quantized.
+        output_scale: float32, one element or `[out]`, or None for an output that is not quantized.
         bias: float `[out]` or None.
         dtype: of the result.
 
@@ -112,9 +114,9 @@ def requantize(
     """
     groups = acc.shape[2]
     scale = input_scale.to(torch.float32).reshape(()) * weight_scale.to(torch.float32)
-    s_out = None if output_scale is None else output_scale.to(torch.float32).reshape(())
+    s_out = None if output_scale is None else output_scale.to(torch.float32).reshape(-1)  # broadcasts over channels
     if s_out is not None:
-        scale = scale / s_out
+        scale = scale / s_out[:, None]
         if bias is not None and groups == 1:
             acc = acc + bias_codes(bias, input_scale, weight_scale)[:, None]
     total = acc[:, :, 0].to(torch.float32) * scale[:, 0]
@@ -143,7 +145,7 @@ def linear_integer(
         codes: int8 `[out, in]`.
         weight_scale: `[out, groups]`.
         input_scale: float32, one element, positive.
-        output_scale: float32, one element, positive; None leaves the output unquantized.
+        output_scale: float32, one element or `[out]`, positive; None leaves the output unquantized.
         bias: float `[out]` or None.
         group_size: inputs in a group; 0 for one scale per output channel.
 
@@ -165,7 +167,7 @@ def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
 def dequantize_weight(codes: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`w * s_w` in `dtype`: int8 `[rows, in]` and scales `[rows, groups]` to float `[rows, in]`."""
     groups = weight_scale.shape[-1]
-    grouped = codes.to(dtype).reshape(*codes.shape[:-1], groups, -1)
+    grouped = codes.to(dtype).reshape(*codes.shape[:-1], groups, codes.shape[-1] // groups)
     return (grouped * weight_scale.to(dtype).unsqueeze(-1)).reshape(codes.shape)
 
 

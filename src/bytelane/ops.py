@@ -11,14 +11,19 @@
 | `embedding(ids, weight, ...)` | gathered, dequantized rows |
 
 `weight` is always the canonical packed rows, uint8 `[out, ceil(in * N / 8)]`; `group_size` 0 means one scale per output
-channel; activation scales are float32 tensors of one element, and an absent side is None. The operations are
+channel; activation scales are float32 tensors of one element, and an absent side is None. The `output_scale` of
+`linear` and `requantize` may also be float32 `[out]`, one for each channel: layers that read one tensor, at one input
+scale, width and granularity, then run as one call on their concatenated rows, with the bits of each alone. An id that
+is not a row of the table raises IndexError, any other argument that does not fit ValueError. The operations are
 functional, carry no state, and have no gradient. Every one of them goes through the table of `bytelane.dispatch`;
 importing this module registers them, once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -55,44 +60,73 @@ SCHEMAS: dict[str, str] = {
 """Every operation; the tests iterate this registry."""
 
 
-def _check(condition: bool, message: Callable[[], str]) -> None:
-    if not condition:
-        raise ValueError(message())
+# Plain comparisons, and messages made only when one fails: these run before every layer of every token.
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _check_floats(x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        _refuse(f"x must be float32, bfloat16 or float16, found {x.dtype}")
 
 
 def _check_weight(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_bits: int) -> None:
-    in_features, out_features = x.shape[-1], weight.shape[0]
-    _check(x.dtype in FLOATS, lambda: f"x must be float32, bfloat16 or float16, found {x.dtype}")
-    _check(
-        weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == row_bytes(in_features, num_bits),
-        lambda: (
+    in_features, shape = x.shape[-1], weight.shape
+    _check_floats(x)
+    if weight.dtype != torch.uint8 or len(shape) != 2 or shape[1] != row_bytes(in_features, num_bits):
+        _refuse(
             f"{in_features} inputs of {num_bits} bits need uint8 rows of {row_bytes(in_features, num_bits)} bytes, "
-            f"found {tuple(weight.shape)} of {weight.dtype}"
-        ),
-    )
-    _check(
-        weight_scale.dtype == torch.float32 and weight_scale.dim() == 2 and weight_scale.shape[0] == out_features,
-        lambda: (
-            f"weight_scale must be float32 [{out_features}, groups], found {tuple(weight_scale.shape)} of "
+            f"found {tuple(shape)} of {weight.dtype}"
+        )
+    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 2 or weight_scale.shape[0] != shape[0]:
+        _refuse(
+            f"weight_scale must be float32 [{shape[0]}, groups], found {tuple(weight_scale.shape)} of "
             f"{weight_scale.dtype}"
-        ),
-    )
-    _check(
-        bias is None or (bias.dtype == torch.float32 and bias.shape == (out_features,)),
-        lambda: f"bias must be float32 [{out_features}]",
-    )
+        )
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (shape[0],)):
+        _refuse(f"bias must be float32 [{shape[0]}], found {tuple(bias.shape)} of {bias.dtype}")
 
 
 def _check_groups(in_features: int, weight_scale: Tensor, group_size: int) -> None:
     groups = in_features // group_size if group_size else 1
-    _check(
-        weight_scale.shape[1] == groups and groups * group_size == (in_features if group_size else 0),
-        lambda: f"groups of {group_size} in {in_features} inputs do not fit {weight_scale.shape[1]} scales a channel",
-    )
+    if weight_scale.shape[1] != groups or groups * group_size != (in_features if group_size else 0):
+        _refuse(f"groups of {group_size} in {in_features} inputs do not fit {weight_scale.shape[1]} scales a channel")
+
+
+def _group_size(in_features: int, weight_scale: Tensor) -> int:
+    """What the number of scales in a row says: 0 for one."""
+    groups = weight_scale.shape[1]
+    if groups == 1:
+        return 0
+    if groups == 0 or in_features % groups or not in_features:
+        _refuse(f"{groups} scales a row do not divide {in_features} codes")
+    return in_features // groups
+
+
+def _check_activation_scale(scale: Tensor | None, what: str) -> None:
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+        _refuse(f"{what} must be one float32, found {tuple(scale.shape)} of {scale.dtype}")
+
+
+def _check_output_scale(scale: Tensor | None, out_features: int) -> None:
+    if scale is not None and (
+        scale.dtype != torch.float32 or (scale.numel() != 1 and scale.shape != (out_features,))
+    ):
+        _refuse(
+            f"output_scale must be one float32 or [{out_features}] of them, found {tuple(scale.shape)} of "
+            f"{scale.dtype}"
+        )
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.shape[-1] else math.prod(x.shape[:-1])
 
 
 def _quantize(x: Tensor, scale: Tensor) -> Tensor:
-    _check(x.dtype in FLOATS, lambda: f"x must be float32, bfloat16 or float16, found {x.dtype}")
+    _check_floats(x)
+    _check_activation_scale(scale, "scale")
     return select("quantize", x.device.type, x.dtype, 8, 0, 1).run(x, scale)
 
 
@@ -101,12 +135,12 @@ def _quantize_fake(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _accumulate(q: Tensor, weight: Tensor, num_bits: int, group_size: int) -> Tensor:
-    _check(q.dtype == torch.int8 and q.dim() == 2, lambda: f"q must be int8 [M, in], found {q.dtype} {tuple(q.shape)}")
-    _check(
-        weight.shape[1] == row_bytes(q.shape[1], num_bits),
-        lambda: f"{q.shape[1]} inputs of {num_bits} bits do not fit rows of {weight.shape[1]} bytes",
-    )
-    _check(not group_size or q.shape[1] % group_size == 0, lambda: f"{group_size} does not divide {q.shape[1]}")
+    if q.dtype != torch.int8 or q.dim() != 2:
+        _refuse(f"q must be int8 [M, in], found {q.dtype} {tuple(q.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != row_bytes(q.shape[1], num_bits):
+        _refuse(f"{q.shape[1]} inputs of {num_bits} bits do not fit rows of shape {tuple(weight.shape)}")
+    if group_size and q.shape[1] % group_size:
+        _refuse(f"{group_size} does not divide {q.shape[1]}")
     kernel = select("accumulate", q.device.type, q.dtype, num_bits, group_size, q.shape[0])
     return kernel.run(q, weight, num_bits, group_size)
 
@@ -124,10 +158,10 @@ def _requantize(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check(
-        acc.dtype == torch.int32 and acc.shape[1:] == weight_scale.shape,
-        lambda: f"acc must be int32 [M, {', '.join(map(str, weight_scale.shape))}], found {tuple(acc.shape)}",
-    )
+    if acc.dtype != torch.int32 or acc.dim() != 3 or acc.shape[1:] != weight_scale.shape:
+        _refuse(f"acc must be int32 [M, {', '.join(map(str, weight_scale.shape))}], found {tuple(acc.shape)}")
+    _check_activation_scale(input_scale, "input_scale")
+    _check_output_scale(output_scale, acc.shape[1])
     kernel = select("requantize", acc.device.type, dtype, 8, 0, acc.shape[0])
     return kernel.run(acc, weight_scale, input_scale, output_scale, bias, dtype)
 
@@ -155,8 +189,9 @@ def _linear(
 ) -> Tensor:
     _check_weight(x, weight, weight_scale, bias, num_bits)
     _check_groups(x.shape[-1], weight_scale, group_size)
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    kernel = select("linear", x.device.type, x.dtype, num_bits, group_size, rows)
+    _check_activation_scale(input_scale, "input_scale")
+    _check_output_scale(output_scale, weight.shape[0])
+    kernel = select("linear", x.device.type, x.dtype, num_bits, group_size, _rows(x))
     return kernel.run(x, weight, weight_scale, input_scale, output_scale, bias, num_bits, group_size)
 
 
@@ -177,7 +212,9 @@ def _linear_weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, output_scale: Tensor | None, bias: Tensor | None, num_bits: int
 ) -> Tensor:
     _check_weight(x, weight, weight_scale, bias, num_bits)
-    kernel = select("linear_weight_only", x.device.type, x.dtype, num_bits, 0, x[..., 0].numel())
+    _check_activation_scale(output_scale, "output_scale")
+    group_size = _group_size(x.shape[-1], weight_scale)
+    kernel = select("linear_weight_only", x.device.type, x.dtype, num_bits, group_size, _rows(x))
     return kernel.run(x, weight, weight_scale, output_scale, bias, num_bits)
 
 
@@ -197,7 +234,10 @@ def _linear_emulated(
     num_bits: int,
 ) -> Tensor:
     _check_weight(x, weight, weight_scale, bias, num_bits)
-    kernel = select("linear_emulated", x.device.type, x.dtype, num_bits, 0, x[..., 0].numel())
+    _check_activation_scale(input_scale, "input_scale")
+    _check_activation_scale(output_scale, "output_scale")
+    group_size = _group_size(x.shape[-1], weight_scale)
+    kernel = select("linear_emulated", x.device.type, x.dtype, num_bits, group_size, _rows(x))
     return kernel.run(x, weight, weight_scale, input_scale, output_scale, bias, num_bits)
 
 
@@ -222,11 +262,19 @@ def _embedding(
     embed_scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check(
-        weight.dtype == torch.uint8 and weight.shape[1] == row_bytes(embedding_dim, num_bits),
-        lambda: f"{embedding_dim} codes of {num_bits} bits do not fit rows of {weight.shape[1]} bytes",
-    )
-    kernel = select("embedding", ids.device.type, dtype, num_bits, 0, ids.numel())
+    if ids.dtype != torch.int64 and ids.dtype != torch.int32:
+        _refuse(f"ids must be int64 or int32, found {ids.dtype}")
+    if weight.dtype != torch.uint8 or weight.dim() != 2 or weight.shape[1] != row_bytes(embedding_dim, num_bits):
+        _refuse(f"{embedding_dim} codes of {num_bits} bits do not fit rows {tuple(weight.shape)} of {weight.dtype}")
+    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 2 or weight_scale.shape[0] != weight.shape[0]:
+        _refuse(
+            f"weight_scale must be float32 [{weight.shape[0]}, groups], found {tuple(weight_scale.shape)} of "
+            f"{weight_scale.dtype}"
+        )
+    if dtype not in FLOATS:
+        _refuse(f"dtype must be float32, bfloat16 or float16, found {dtype}")
+    group_size = _group_size(embedding_dim, weight_scale)
+    kernel = select("embedding", ids.device.type, dtype, num_bits, group_size, ids.numel())
     return kernel.run(ids, weight, weight_scale, num_bits, embedding_dim, embed_scale, dtype)
 
 

@@ -1,8 +1,10 @@
 """The native CPU kernels on torch tensors: checks, the output tensor, addresses.
 
 `isa` is one of `supported_isas()`; `path` is `"packed"`, which dots the canonical rows in place (2, 4 or 8 bits, one
-scale per output channel), or `"unpacked"`, which first spreads a few rows to bytes (any width, any scales). Whatever
-the choice, the thread count and M, the results are the bits of `bytelane.numerics`.
+scale per output channel or groups of whole multiples of 16 bytes), or `"unpacked"`, which first spreads a few rows to
+bytes (any width, any groups). Whatever the choice, the thread count and M, the results are the bits of
+`bytelane.numerics`; `linear_weight_only` alone has float sums, whose order depends on the length of a row and on
+nothing else.
 
 The argument order is that of `torch.ops.bytelane`. Scales and biases are float32; activations are made contiguous where
 they are not; weights must be. A tensor that does not fit raises ValueError, and so does a width or a group size that
@@ -11,6 +13,7 @@ a path does not take and an instruction set that this processor lacks.
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 
 # torch comes first on purpose: its OpenMP runtime is loaded then, and the kernels share that pool of threads
@@ -21,6 +24,9 @@ from bytelane import _native
 
 PACKED_BITS = (2, 4, 8)
 """The widths of the packed path."""
+
+GROUP_BITS = 128
+"""A group of the packed path is a whole multiple of this many bits."""
 
 PATHS = MappingProxyType({"packed": 0, "unpacked": 1})
 _DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
@@ -78,6 +84,11 @@ def _scale_address(scale: Tensor | None, what: str) -> int:
     return 0 if scale is None else _address(scale, torch.float32, 1, what)
 
 
+def _output_scales(scale: Tensor | None, n: int) -> int:
+    """How many output scales there are: none, one, or one for each of `n` channels."""
+    return 0 if scale is None else n if scale.dim() and scale.numel() == n else 1
+
+
 def _weight_address(weight: Tensor, in_features: int, num_bits: int) -> int:
     return _address(weight, torch.uint8, weight.shape[0] * ((in_features * num_bits + 7) // 8), "weight rows")
 
@@ -131,13 +142,15 @@ def requantize(
         raise ValueError(f"acc must be int32 [M, out, groups], found {tuple(acc.shape)} of {acc.dtype}")
     acc = _contiguous(acc)
     m, n, groups = acc.shape
+    outputs = _output_scales(output_scale, n)
     y = torch.empty((m, n), dtype=dtype)
     _native.requantize(
         _isa(isa),
         acc.data_ptr(),
         _address(weight_scale, torch.float32, n * groups, "weight_scale"),
         _scale_address(input_scale, "input_scale"),
-        _scale_address(output_scale, "output_scale"),
+        0 if output_scale is None else _address(output_scale, torch.float32, outputs, "output_scale"),
+        outputs,
         0 if bias is None else _address(bias, torch.float32, n, "bias"),
         y.data_ptr(),
         _dtype(dtype),
@@ -168,6 +181,7 @@ def linear(
     *batch, k = x.shape
     n = weight.shape[0]
     groups = k // group_size if group_size > 0 else 1
+    outputs = _output_scales(output_scale, n)
     y = torch.empty((*batch, n), dtype=x.dtype)
     m = 1
     for size in batch:
@@ -180,7 +194,8 @@ def linear(
         _weight_address(weight, k, num_bits),
         _address(weight_scale, torch.float32, n * groups, "weight_scale"),
         _scale_address(input_scale, "input_scale"),
-        _scale_address(output_scale, "output_scale"),
+        0 if output_scale is None else _address(output_scale, torch.float32, outputs, "output_scale"),
+        outputs,
         0 if bias is None else _address(bias, torch.float32, n, "bias"),
         y.data_ptr(),
         m,
@@ -188,6 +203,102 @@ def linear(
         k,
         num_bits,
         group_size,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def linear_weight_only(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    output_scale: Tensor | None,
+    bias: Tensor | None,
+    num_bits: int,
+    *,
+    isa: str,
+) -> Tensor:
+    """See `numerics.linear_emulated` without an input scale; `weight` are canonical rows, `x` is not float32.
+
+    The sums are float32 over products of two 16-bit floats, in an order that depends on K alone, so that the result is
+    the same bits for every thread count, M and instruction set; it may differ from torch's, whose order is its own, in
+    the last place.
+    """
+    dtype = _dtype(x.dtype)
+    x = _contiguous(x)
+    *batch, k = x.shape
+    n, groups = weight_scale.shape
+    y = torch.empty((*batch, n), dtype=x.dtype)
+    _native.weight_only(
+        _isa(isa),
+        x.data_ptr(),
+        dtype,
+        _address(weight, torch.uint8, n * ((k * num_bits + 7) // 8), "weight rows"),
+        _address(weight_scale, torch.float32, n * groups, "weight_scale"),
+        _scale_address(output_scale, "output_scale"),
+        0 if bias is None else _address(bias, torch.float32, n, "bias"),
+        y.data_ptr(),
+        math.prod(batch),
+        n,
+        k,
+        num_bits,
+        groups,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _row_stride(table: Tensor, dtype: torch.dtype, what: str) -> int:
+    """Elements from one row to the next of a table whose rows are each contiguous, though the table need not be."""
+    if table.dtype != dtype or table.dim() != 2 or not table.is_cpu or (table.shape[1] > 1 and table.stride(1) != 1):
+        raise ValueError(
+            f"{what} must be {dtype} [rows, ...] on the CPU with contiguous rows, found {tuple(table.shape)} of "
+            f"{table.dtype} with strides {table.stride()} on {table.device}"
+        )
+    return table.stride(0)
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    num_bits: int,
+    embedding_dim: int,
+    embed_scale: float,
+    dtype: torch.dtype,
+    *,
+    isa: str,
+) -> Tensor:
+    """See `numerics.embedding`; `weight` are the canonical rows of the whole table, of which only `ids` are read.
+
+    The rows may lie apart (a table cut out of a wider one). An id that is not a row raises IndexError.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids must be int64 or int32, found {ids.dtype}")
+    ids = _contiguous(ids)
+    rows, groups = weight_scale.shape
+    if weight.shape != (rows, (embedding_dim * num_bits + 7) // 8):
+        raise ValueError(
+            f"{rows} rows of {embedding_dim} codes of {num_bits} bits need uint8 rows of "
+            f"{(embedding_dim * num_bits + 7) // 8} bytes, found {tuple(weight.shape)}"
+        )
+    y = torch.empty((*ids.shape, embedding_dim), dtype=dtype)
+    _native.embedding(
+        _isa(isa),
+        ids.data_ptr(),
+        ids.dtype == torch.int64,
+        ids.numel(),
+        weight.data_ptr(),
+        _row_stride(weight, torch.uint8, "weight rows"),
+        weight_scale.data_ptr(),
+        _row_stride(weight_scale, torch.float32, "weight_scale"),
+        rows,
+        embedding_dim,
+        groups,
+        num_bits,
+        embed_scale,
+        y.data_ptr(),
+        _dtype(dtype),
         torch.get_num_threads(),
     )
     return y
