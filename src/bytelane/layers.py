@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelane import ops as _ops  # noqa: F401  (registers torch.ops.bytelane)
+from bytelane.dispatch import select
 from bytelane.errors import PackedShapeError, TensorShapeError
 from bytelane.packing import pack_rows
 from bytelane.scheme import EmbeddingScheme, LinearScheme, Numerics, WeightScheme, row_bytes
@@ -166,24 +167,20 @@ class QuantLinear(_PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         weight, ops = self.scheme.weight, torch.ops.bytelane
+        held = self._buffers  # a plain dictionary: attribute access to a buffer costs a microsecond, and this is hot
+        packed, scale, bias = held["packed"], held["weight_scale"], held["bias"]
+        s_in, s_out = held["input_scale"], held["output_scale"]
         if self.numerics is Numerics.EMULATED:
-            return ops.linear_emulated(  # type: ignore[no-any-return]
-                x, self.packed, self.weight_scale, self.input_scale, self.output_scale, self.bias, weight.num_bits
-            )
-        if self.input_scale is None:
-            return ops.linear_weight_only(  # type: ignore[no-any-return]
-                x, self.packed, self.weight_scale, self.output_scale, self.bias, weight.num_bits
-            )
-        return ops.linear(  # type: ignore[no-any-return]
-            x,
-            self.packed,
-            self.weight_scale,
-            self.input_scale,
-            self.output_scale,
-            self.bias,
-            weight.num_bits,
-            weight.group_size or 0,
-        )
+            return ops.linear_emulated(x, packed, scale, s_in, s_out, bias, weight.num_bits)  # type: ignore[no-any-return]
+        if s_in is None:
+            return ops.linear_weight_only(x, packed, scale, s_out, bias, weight.num_bits)  # type: ignore[no-any-return]
+        arguments = (x, packed, scale, s_in, s_out, bias, weight.num_bits, weight.group_size or 0)
+        if type(x) is not Tensor or torch.compiler.is_compiling():
+            return ops.linear(*arguments)  # type: ignore[no-any-return]
+        # An eager call on a plain tensor takes the kernel the operation would take, without the dispatcher's detour,
+        # which costs as much as a small layer.
+        rows = x.numel() // self.in_features
+        return select("linear", x.device.type, x.dtype, *arguments[6:], rows).run(*arguments)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

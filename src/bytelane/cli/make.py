@@ -171,7 +171,7 @@ def _summary(report: QuantizationReport) -> list[str]:
         f"size         {size(report.float_bytes)} in {size(report.checkpoint_bytes)}, "
         f"{report.checkpoint_bytes / report.float_bytes:.0%}",
     ]
-    lines += [f"{what:<13}{len(names)}: {_names(names)}" for what, names in exceptions.items() if names]
+    lines += [f"{what:<16} {len(names)}: {_names(names)}" for what, names in exceptions.items() if names]
     lines += [f"tied         {h} shares the codes of {e}" for h, e in report.tied.items()]
     lines += [f"untied       {h} has a weight of its own now" for h in report.untied]
     return lines
