@@ -2,10 +2,12 @@
 
     python benchmarks/linear.py [--quick] [--threads 2] [--isa avx2] [--shapes 1536x6144] [--rows 1,16,128]
 
-Each round runs bfloat16 and every width once, so that all of them see the same machine; the table has medians. Every
-call takes the next of enough copies of the weight that no cache holds one until its turn comes again. The limit of a
-call is the slower of reading its weights at the bandwidth of a torch sum, measured in the same rounds, and doing its
-dots at the rate measured in cache (see limits.py). `ratio` is the bfloat16 time over ours.
+Each round runs bfloat16 and every width once, starting with another of them each time, so that all of them see the
+same machine; the table has medians. `ratio` is the median over the rounds of the bfloat16 time over ours in that round,
+with its quartiles: on a machine that others use the times move together and the ratio moves less. Every call takes the
+next of enough copies of the weight that no cache holds one until its turn comes again. The limit of a call is the
+slower of reading its weights at the bandwidth of a torch sum, measured in the same rounds, and doing its dots at the
+rate measured in cache (see limits.py). The load of the machine before and after says how far to trust a run.
 
 The last line of stdout is JSON.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -59,8 +62,8 @@ def wrapper_overhead(isa: str) -> float:
     return statistics.median(times)
 
 
-def run_shape(k: int, n: int, m: int, isa: str, rounds: int, pool: Tensor) -> dict[str, float]:
-    """Median seconds of reading the pool once (`read`), of `bf16`, and of every width for one shape."""
+def run_shape(k: int, n: int, m: int, isa: str, rounds: int, pool: Tensor) -> dict[str, list[float]]:
+    """Seconds of every round of reading the pool once (`read`), of `bf16`, and of every width for one shape."""
     x = torch.randn(m, k).to(torch.bfloat16)
     weight_scale, scale = torch.full((n, 1), 0.01), torch.tensor(0.02)
     dense = copies(pool, (n, k))
@@ -74,10 +77,17 @@ def run_shape(k: int, n: int, m: int, isa: str, rounds: int, pool: Tensor) -> di
             x, next(packed), weight_scale, scale, scale, None, bits, isa=isa, path="packed"
         )
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     for _ in range(rounds + 1):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+        for name in order:
+            times[name].append(seconds(calls[name]))
+        order.append(order.pop(0))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def parse() -> argparse.Namespace:
@@ -96,6 +106,7 @@ def main() -> None:
     shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in named.split(","))]
     rows = [int(m) for m in (args.rows or ("1,16" if args.quick else "1,16,128")).split(",")]
 
+    load_before = os.getloadavg()[0]
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     rates = {bits: dot_rate(args.threads, args.isa, bits, quick=args.quick) for bits in WIDTHS}
@@ -108,13 +119,18 @@ def main() -> None:
         for m in rows:
             rounds = 3 if args.quick else 41 if m == 1 else 11 if m <= 16 else 5
             times = run_shape(k, n, m, args.isa, rounds, pool)
-            bandwidth = pool.numel() * 2 / times.pop("read")
-            for name, spent in times.items():
+            bandwidth = pool.numel() * 2 / statistics.median(times.pop("read"))
+            for name, values in times.items():
+                spent = statistics.median(values)
+                low, ratio, high = quartiles([b / v for b, v in zip(times["bf16"], values, strict=True)])
                 bits = 16 if name == "bf16" else int(name[1:])
                 size, dots = n * row_bytes(k, bits), m * n * k
                 limit = max(size / bandwidth, dots / rates[bits] if bits in rates else 0.0)
                 result = {"in": k, "out": n, "m": m, "weights": name, "seconds": spent, "bandwidth": bandwidth}
-                results.append(result | {"limit_seconds": limit, "ratio": times["bf16"] / spent})
+                results.append(
+                    result
+                    | {"fastest": min(values), "limit_seconds": limit, "ratio": ratio, "ratio_quartiles": [low, high]}
+                )
                 table.add_row(
                     f"{k}x{n}",
                     str(m),
@@ -124,11 +140,14 @@ def main() -> None:
                     f"{bandwidth / 1e9:.1f}",
                     f"{dots / spent / 1e9:.1f}",
                     f"{100 * limit / spent:.0f}" if bits in rates or m == 1 else "",
-                    f"{times['bf16'] / spent:.1f}",
+                    f"{ratio:.1f} ({low:.1f}-{high:.1f})",
                     end_section=bits == WIDTHS[-1],
                 )
     Console(width=120).print(table)
+    loads = [load_before, os.getloadavg()[0]]
+    print(f"load before and after: {loads[0]:.1f}, {loads[1]:.1f}; this run alone makes {args.threads}")
     summary = {"isa": args.isa, "threads": args.threads, "dot_rate": rates, "call_overhead_seconds": overhead}
+    summary |= {"load": loads}
     print(json.dumps(summary | {"results": results}))
 
 

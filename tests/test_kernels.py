@@ -232,7 +232,10 @@ def test_outputs_on_half_steps_round_to_even(isa, path, bits):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("path", "bits", "group_size"), [("packed", 4, 0), ("packed", 8, 0), ("packed", 4, 64), ("packed", 2, 64), ("unpacked", 3, 64)])
+@pytest.mark.parametrize(
+    ("path", "bits", "group_size"),
+    [("packed", 4, 0), ("packed", 8, 0), ("packed", 4, 64), ("packed", 2, 64), ("unpacked", 3, 64)],
+)
 def test_bits_do_not_depend_on_threads_or_batch(isa, path, bits, group_size, threads):
     rng = generator(bits)
     n, k = 301, 576
@@ -378,6 +381,22 @@ def test_nothing_past_the_last_byte_is_read(isa, path, bits):
         pages = GuardedPages(x.numel() * 2), GuardedPages(n * 4)
         x, weight_scale = (page.at_end(value) for page, value in zip(pages, (x, weight_scale), strict=True))
         assert torch.equal(cpu.linear(x, weight, weight_scale, *scales, bits, isa=isa, path=path), plain)
+
+
+@pytest.mark.parametrize(("isa", "path", "bits"), KERNELS)
+def test_nothing_past_the_last_byte_of_groups_is_read(isa, path, bits):
+    rng = generator(bits)
+    unit = cpu.GROUP_BITS // bits
+    for n, group_size, groups in ((1, unit, 3), (5, unit, 5), (3, 4 * unit, 2), (2, 5, 7), (3, 32, 3), (1, 64, 1)):
+        if path == "packed" and group_size * bits % cpu.GROUP_BITS:
+            continue
+        codes = random_codes(rng, bits, n, group_size * groups)
+        rows = rows_of(codes, bits)
+        weight = GuardedPages(rows.numel()).at_end(rows)
+        for m in (1, 3):
+            q = random_codes(rng, 8, m, group_size * groups)
+            acc = cpu.accumulate(torch.from_numpy(q), weight, bits, group_size, isa=isa, path=path)
+            assert np.array_equal(acc.numpy(), oracle.accumulate(q, codes, group_size))
 
 
 @pytest.mark.parametrize(("isa", "path", "bits"), KERNELS)

@@ -106,8 +106,9 @@ def test_embedding_reads_only_its_rows(isa, bits, threads):
 
 def test_wrong_embedding_calls_are_refused():
     _, rows, scale = random_table(generator(), 5, 64, 4)
+    first = torch.tensor([0])
 
-    def embedding(ids=torch.tensor([0]), rows=rows, scale=scale, bits=4, dim=64, dtype=torch.float32):
+    def embedding(ids=first, rows=rows, scale=scale, bits=4, dim=64, dtype=torch.float32):
         return cpu.embedding(ids, rows, scale, bits, dim, 1.0, dtype, isa=ISAS[-1])
 
     assert embedding().shape == (1, 64)
@@ -138,20 +139,59 @@ def random_layer(rng, m, n, k, bits, groups, dtype):
     return x, rows, scale * 0.05
 
 
-def exact_and_bound(x, values, bias, dtype):
+def exact_and_bound(x, values, bias, dtype, fixed_point):
     """The exact sums, and how far from them the kernel may be.
 
     A product of two 16-bit floats is exact in float32. A lane adds ceil(K / 16) of them, the lanes take four more
     additions and the bias one: each term passes through at most d = ceil(K / 16) + 5 roundings of relative size
-    u = 2^-24, which changes the sum by at most d u / (1 - d u) times the sum of the terms' sizes. The cast to T then
-    adds half a last place: 2^-8 (bfloat16) or 2^-11 (float16) of the value, or half of the smallest subnormal.
+    u = 2^-24, which changes the sum by at most d u / (1 - d u) times the sum of the terms' sizes.
+
+    In fixed point (2 bits, one scale per channel) every x is rounded to a multiple of 2^(e-22), where |x| < 2^e, and
+    the sum of the products is exact; it is rounded to float32, and once more when the bias is added.
+
+    The cast to T then adds half a last place: 2^-8 (bfloat16) or 2^-11 (float16) of the value, or half of the smallest
+    subnormal.
     """
     x, values, bias = x.double(), values.double(), bias.to(dtype).double()
     total = x @ values.t() + bias
-    depth = -(-x.shape[1] // 16) + 5
-    before = depth * 2.0**-24 / (1 - depth * 2.0**-24) * (x.abs() @ values.abs().t() + bias.abs())
+    sizes = x.abs() @ values.abs().t() + bias.abs()
+    depth = 2 if fixed_point else -(-x.shape[1] // 16) + 5
+    before = depth * 2.0**-24 / (1 - depth * 2.0**-24) * sizes
+    if fixed_point and x.numel():
+        step = 2.0 ** (torch.frexp(x.abs().amax(1, keepdim=True)).exponent.double() - 22)
+        before = before * (1 + 2.0**-20) + step / 2 * values.abs().sum(1)
     place, smallest = {torch.bfloat16: (2.0**-8, 2.0**-134), torch.float16: (2.0**-11, 2.0**-25)}[dtype]
     return total, before + place * (total.abs() + before) + smallest
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_weight_only_is_the_float64_sum(isa, bits, dtype):
+    rng = generator(bits, str(dtype))
+    for m, n, k, groups in (
+        (1, 65, 1536, 1),
+        (1, 1, 1, 1),
+        (2, 5, 15, 1),
+        (1, 66, 17, 1),
+        (3, 7, 100, 5),
+        (8, 67, 1000, 1),
+        (1, 9, 1040, 13),
+        (4, 0, 64, 1),
+        (0, 4, 64, 1),
+        (5, 130, 600, 60),
+        (258, 3, 40, 1),
+    ):
+        x, rows, scale = random_layer(rng, m, n, k, bits, groups, dtype)
+        bias = torch.from_numpy(rng.normal(0, 1, n).astype(np.float32))
+        codes = torch.from_numpy(oracle.unpack_bits(rows, bits, k))
+        values = numerics.dequantize_weight(codes, scale, dtype)
+        for b in (torch.zeros(n), bias):
+            y = cpu.linear_weight_only(x, rows, scale, None, b, bits, isa=isa)
+            total, bound = exact_and_bound(x, values, b, dtype, bits == 2 and groups == 1)
+            assert y.shape == (m, n)
+            assert y.dtype == dtype
+            assert bool(((y.double() - total).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -196,15 +236,29 @@ def test_weight_only_bits_depend_on_nothing_but_the_layer(bits, groups, dtype, t
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_weight_only_of_odd_values(isa, dtype):
+def test_weight_only_of_two_bits_is_the_exact_sum(isa, dtype):
+    """Activations within 2^-11 of the largest lose nothing: the result is the exact sum, rounded to float32 first."""
     rng = generator()
-    codes, rows, scale = random_table(rng, 20, 96, 4)
+    codes, rows, scale = random_table(rng, 70, 3000, 2)
+    x = torch.from_numpy(rng.choice([-1, 1], (4, 3000)) * 2.0 ** rng.uniform(-10, 0, (4, 3000))).to(dtype)
+    for spread in (1.0, 2.0**-8, 2.0**4):
+        y = cpu.linear_weight_only(x * spread, rows, scale, None, None, 2, isa=isa)
+        exact = (x * spread).double() @ numerics.dequantize_weight(codes, scale.to(dtype).double(), torch.float64).t()
+        assert same_bits(y, exact.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weight_only_of_odd_values(isa, dtype, bits):
+    rng = generator()
+    _, rows, scale = random_table(rng, 20, 96, bits)
     x = torch.ones(5, 96, dtype=dtype)
     x[1, 3], x[2, 90], x[3] = torch.nan, torch.inf, 0
     scale[7] = 0
     for output_scale in (None, torch.tensor(0.25)):
-        y = cpu.linear_weight_only(x, rows, scale, output_scale, None, 4, isa=isa)
-        expected = reference.linear_weight_only(x, rows, scale, output_scale, None, 4)
+        y = cpu.linear_weight_only(x, rows, scale, output_scale, None, bits, isa=isa)
+        expected = reference.linear_weight_only(x, rows, scale, output_scale, None, bits)
         assert bool(y[1].isnan().all())
         assert torch.equal(y[2].isnan(), expected[2].isnan())
         assert torch.equal(y[2].nan_to_num(), expected[2].nan_to_num())

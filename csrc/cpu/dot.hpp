@@ -92,8 +92,9 @@ struct Codes {
     std::int64_t stride, group_stride, groups;
 };
 
-// A tile: NR weight rows against MR activation rows, sums[m][n] = dot(q[m], u[n]).
-template <class Isa, int Bits, int NR, int MR>
+// A tile: NR weight rows against MR activation rows, sums[m][n] = dot(q[m], u[n]). `OneBlock` says that it is a single
+// vector of codes: straight code instead of loops.
+template <class Isa, int Bits, int NR, int MR, bool OneBlock>
 [[gnu::always_inline]] inline void dot_tile(const std::uint8_t* const (&w)[NR], const Rows& rows,
                                             const std::uint8_t* const (&q)[MR], std::int32_t (&sums)[MR][NR]) {
     using L = Layout<Isa, Bits>;
@@ -118,15 +119,25 @@ template <class Isa, int Bits, int NR, int MR>
             }
         });
     };
-    const std::int64_t full = rows.bytes / L::vector_bytes;
-    const std::int64_t rest = rows.bytes % L::vector_bytes;
+    const std::int64_t full = OneBlock ? 1 : rows.bytes / L::vector_bytes;
+    const std::int64_t rest = OneBlock ? 0 : rows.bytes % L::vector_bytes;
+    // rows that are read side by side must not look ahead into each other
+    const std::int64_t ahead = NR == 1 ? Isa::prefetch_bytes : larger(Isa::prefetch_bytes, NR * rows.stride);
     Vector weight[NR];
-    for (std::int64_t block = 0; block < full;) {
+    if constexpr (OneBlock) {
+        for (int n = 0; n < NR; ++n) {
+            __builtin_prefetch(w[n] + ahead);
+            weight[n] = Isa::load(w[n]);
+        }
+        step(weight, 0);
+        flush();
+    }
+    for (std::int64_t block = OneBlock ? 1 : 0; block < full;) {
         const std::int64_t stop = smaller(full, block + Dot::blocks_per_flush);
         for (; block < stop; ++block) {
             for (int n = 0; n < NR; ++n) {
                 const std::uint8_t* p = w[n] + block * L::vector_bytes;
-                if constexpr (MR == 1) __builtin_prefetch(p + Isa::prefetch_bytes);
+                if constexpr (MR == 1) __builtin_prefetch(p + ahead);
                 weight[n] = Isa::load(p);
             }
             step(weight, block);
@@ -153,7 +164,7 @@ template <class Isa, int Bits, int NR, int MR>
 // MR activation rows against `count` weight rows: acc[(m * groups + g) * acc_stride + n]. A tile that sticks out past
 // the last row repeats that row, and its result, in the rest of `acc`: acc_stride is a multiple of NR. The groups of a
 // tile come one after the other, so that its rows are read from front to back.
-template <class Isa, int Bits, int NR, int MR>
+template <class Isa, int Bits, int NR, int MR, bool OneBlock = false>
 void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m0, std::uint32_t offset,
               std::int32_t* acc, std::int64_t acc_stride) {
     for (std::int64_t n0 = 0; n0 < count; n0 += NR) {
@@ -165,7 +176,7 @@ void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int
             const std::uint8_t* q[MR];
             for (int m = 0; m < MR; ++m) q[m] = codes.first + (m0 + m) * codes.stride + g * codes.group_stride;
             std::int32_t sums[MR][NR];
-            dot_tile<Isa, Bits, NR, MR>(w, rows, q, sums);
+            dot_tile<Isa, Bits, NR, MR, OneBlock>(w, rows, q, sums);
             for (int m = 0; m < MR; ++m) {
                 const std::uint32_t correction =
                     offset * static_cast<std::uint32_t>(codes.sums[(m0 + m) * codes.groups + g]);

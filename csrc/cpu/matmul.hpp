@@ -151,7 +151,9 @@ class MatmulDriver {
                 tile = 2;
                 dot_rows<Isa, Bits, Isa::tile_rows, 2>(rows, count, codes, m, offset, acc, kPanel);
             } else {
-                if (groups_ > 1) {
+                if (groups_ > 1 && rows.bytes == L::vector_bytes) {
+                    dot_rows<Isa, Bits, 4, 1, true>(rows, count, codes, m, offset, acc, kPanel);
+                } else if (groups_ > 1) {
                     dot_rows<Isa, Bits, 4, 1>(rows, count, codes, m, offset, acc, kPanel);
                 } else {
                     dot_rows<Isa, Bits, Isa::vector_rows, 1>(rows, count, codes, m, offset, acc, kPanel);

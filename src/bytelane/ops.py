@@ -73,25 +73,25 @@ def _check_floats(x: Tensor) -> None:
 
 
 def _check_weight(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_bits: int) -> None:
-    in_features, shape = x.shape[-1], weight.shape
-    _check_floats(x)
-    if weight.dtype != torch.uint8 or len(shape) != 2 or shape[1] != row_bytes(in_features, num_bits):
+    in_features, shape, scale_shape = x.shape[-1], weight.shape, weight_scale.shape
+    if x.dtype not in FLOATS:
+        _refuse(f"x must be float32, bfloat16 or float16, found {x.dtype}")
+    if weight.dtype is not torch.uint8 or len(shape) != 2 or shape[1] != row_bytes(in_features, num_bits):
         _refuse(
             f"{in_features} inputs of {num_bits} bits need uint8 rows of {row_bytes(in_features, num_bits)} bytes, "
             f"found {tuple(shape)} of {weight.dtype}"
         )
-    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 2 or weight_scale.shape[0] != shape[0]:
+    if weight_scale.dtype is not torch.float32 or len(scale_shape) != 2 or scale_shape[0] != shape[0]:
         _refuse(
-            f"weight_scale must be float32 [{shape[0]}, groups], found {tuple(weight_scale.shape)} of "
-            f"{weight_scale.dtype}"
+            f"weight_scale must be float32 [{shape[0]}, groups], found {tuple(scale_shape)} of {weight_scale.dtype}"
         )
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (shape[0],)):
+    if bias is not None and (bias.dtype is not torch.float32 or bias.shape != (shape[0],)):
         _refuse(f"bias must be float32 [{shape[0]}], found {tuple(bias.shape)} of {bias.dtype}")
 
 
 def _check_groups(in_features: int, weight_scale: Tensor, group_size: int) -> None:
     groups = in_features // group_size if group_size else 1
-    if weight_scale.shape[1] != groups or groups * group_size != (in_features if group_size else 0):
+    if weight_scale.shape[1] != groups or (group_size and groups * group_size != in_features):
         _refuse(f"groups of {group_size} in {in_features} inputs do not fit {weight_scale.shape[1]} scales a channel")
 
 
@@ -106,17 +106,16 @@ def _group_size(in_features: int, weight_scale: Tensor) -> int:
 
 
 def _check_activation_scale(scale: Tensor | None, what: str) -> None:
-    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+    if scale is not None and (scale.dtype is not torch.float32 or scale.numel() != 1):
         _refuse(f"{what} must be one float32, found {tuple(scale.shape)} of {scale.dtype}")
 
 
 def _check_output_scale(scale: Tensor | None, out_features: int) -> None:
     if scale is not None and (
-        scale.dtype != torch.float32 or (scale.numel() != 1 and scale.shape != (out_features,))
+        scale.dtype is not torch.float32 or (scale.numel() != 1 and scale.shape != (out_features,))
     ):
         _refuse(
-            f"output_scale must be one float32 or [{out_features}] of them, found {tuple(scale.shape)} of "
-            f"{scale.dtype}"
+            f"output_scale must be one float32 or [{out_features}] of them, found {tuple(scale.shape)} of {scale.dtype}"
         )
 
 
@@ -264,9 +263,9 @@ def _embedding(
 ) -> Tensor:
     if ids.dtype != torch.int64 and ids.dtype != torch.int32:
         _refuse(f"ids must be int64 or int32, found {ids.dtype}")
-    if weight.dtype != torch.uint8 or weight.dim() != 2 or weight.shape[1] != row_bytes(embedding_dim, num_bits):
+    if weight.dtype is not torch.uint8 or weight.dim() != 2 or weight.shape[1] != row_bytes(embedding_dim, num_bits):
         _refuse(f"{embedding_dim} codes of {num_bits} bits do not fit rows {tuple(weight.shape)} of {weight.dtype}")
-    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 2 or weight_scale.shape[0] != weight.shape[0]:
+    if weight_scale.dtype is not torch.float32 or weight_scale.dim() != 2 or weight_scale.shape[0] != weight.shape[0]:
         _refuse(
             f"weight_scale must be float32 [{weight.shape[0]}, groups], found {tuple(weight_scale.shape)} of "
             f"{weight_scale.dtype}"

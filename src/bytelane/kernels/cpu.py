@@ -72,12 +72,12 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 def _address(tensor: Tensor, dtype: torch.dtype, count: int, what: str) -> int:
     """The address of a tensor that has exactly the form a kernel reads."""
-    if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(
-            f"{what} must be {count} contiguous {dtype} on the CPU, found {tuple(tensor.shape)} of {tensor.dtype}"
-            f"{'' if tensor.is_contiguous() else ', not contiguous'} on {tensor.device}"
-        )
-    return tensor.data_ptr()
+    if tensor.dtype is dtype and tensor.numel() == count and tensor.is_contiguous() and tensor.is_cpu:
+        return tensor.data_ptr()
+    raise ValueError(
+        f"{what} must be {count} contiguous {dtype} on the CPU, found {tuple(tensor.shape)} of {tensor.dtype}"
+        f"{'' if tensor.is_contiguous() else ', not contiguous'} on {tensor.device}"
+    )
 
 
 def _scale_address(scale: Tensor | None, what: str) -> int:
@@ -183,9 +183,6 @@ def linear(
     groups = k // group_size if group_size > 0 else 1
     outputs = _output_scales(output_scale, n)
     y = torch.empty((*batch, n), dtype=x.dtype)
-    m = 1
-    for size in batch:
-        m *= size
     _native.linear(
         _isa(isa),
         _path(path),
@@ -198,7 +195,7 @@ def linear(
         outputs,
         0 if bias is None else _address(bias, torch.float32, n, "bias"),
         y.data_ptr(),
-        m,
+        math.prod(batch),
         n,
         k,
         num_bits,
