@@ -3,8 +3,8 @@
 `isa` is one of `supported_isas()`; `path` is `"packed"`, which dots the canonical rows in place (2, 4 or 8 bits, one
 scale per output channel or groups of whole multiples of 16 bytes), or `"unpacked"`, which first spreads a few rows to
 bytes (any width, any groups). Whatever the choice, the thread count and M, the results are the bits of
-`bytelane.numerics`; `linear_weight_only` alone has float sums, whose order depends on the length of a row and on
-nothing else.
+`bytelane.numerics`; `linear_weight_only` alone may differ from it in the last place, and is the same bits whatever the
+choice all the same.
 
 The argument order is that of `torch.ops.bytelane`. Scales and biases are float32; activations are made contiguous where
 they are not; weights must be. A tensor that does not fit raises ValueError, and so does a width or a group size that
@@ -217,9 +217,10 @@ def linear_weight_only(
 ) -> Tensor:
     """See `numerics.linear_emulated` without an input scale; `weight` are canonical rows, `x` is not float32.
 
-    The sums are float32 over products of two 16-bit floats, in an order that depends on K alone, so that the result is
-    the same bits for every thread count, M and instruction set; it may differ from torch's, whose order is its own, in
-    the last place.
+    The sums are float32 over products of two 16-bit floats, in an order that depends on K alone; at 2 bits with one
+    scale per channel they are exact integers over `x` in 22-bit fixed point (csrc/cpu/weight_digits.hpp). Either way
+    the result is the same bits for every thread count, M and instruction set; it may differ from torch's, whose order
+    is its own, in the last place.
     """
     dtype = _dtype(x.dtype)
     x = _contiguous(x)
