@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bytelane import numerics
-from bytelane.errors import CheckpointError, ConfigError
+from bytelane.errors import ConfigError
 from bytelane.layers import QuantLinear
 from bytelane.models import load_model, resolve_checkpoint
 
@@ -189,11 +189,10 @@ class _Tape:
 def _load(way: Way, dtype: torch.dtype | None) -> PreTrainedModel:
     if way.runtime != "transformers":
         return load_model(way.model, numerics=way.runtime, dtype=dtype)
+    folder = resolve_checkpoint(way.model)
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve_checkpoint(way.model), dtype=dtype or "auto").eval()
-    except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    except (ValueError, ImportError, RuntimeError) as error:  # how its quantizers say that a checkpoint is not for them
         raise ConfigError(f"transformers does not load this checkpoint by itself: {error}", file=way.model) from error
 
 

@@ -232,7 +232,7 @@ def _replace(staged: Path, target: Path) -> None:
         target.rename(old)
         try:
             staged.rename(target)
-        except BaseException:
+        except BaseException:  # Ctrl-C between the two renames must not leave the user without the old checkpoint
             old.rename(target)
             raise
         shutil.rmtree(old)
