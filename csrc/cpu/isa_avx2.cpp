@@ -14,9 +14,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.hpp"
 #include "embedding.hpp"
+#include "float_ops.hpp"
 #include "matmul.hpp"
 #include "weight_digits.hpp"
+#include "x86_floats.hpp"
 #include "x86_unpack.hpp"
 
 namespace bytelane::cpu {
@@ -109,6 +112,31 @@ struct Avx2 {
         sum.low = _mm256_fmadd_ps(a.low, b.low, sum.low);
         sum.high = _mm256_fmadd_ps(a.high, b.high, sum.high);
     }
+    static void add_rounded(Floats& sum, Floats a, Floats b) {
+        sum.low = _mm256_add_ps(sum.low, _mm256_mul_ps(a.low, b.low));
+        sum.high = _mm256_add_ps(sum.high, _mm256_mul_ps(a.high, b.high));
+    }
+    static Floats broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+
+    static Floats load_int8(const std::int8_t* p) {
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+    }
+
+    static __m256 bfloat_8(const std::uint16_t* p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static Floats load_bfloat(const std::uint16_t* p) { return {bfloat_8(p), bfloat_8(p + 8)}; }
+
+    static __m256 half_8(const std::uint16_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static Floats load_half(const std::uint16_t* p) { return {half_8(p), half_8(p + 8)}; }
+
+    // Lanes l and l + 8, then l and l + 4, l and l + 2, l and l + 1.
+    static float sum(Floats v) { return sum_8(_mm256_add_ps(v.low, v.high)); }
 
     // The values of sixteen codes. A shuffle looks at the lowest bits of a lane only, so the codes of one 32-bit word
     // need a shift each and no mask.
@@ -262,7 +290,9 @@ bool supported() {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2",       supported,         quantize<Avx2>, requantize<Avx2>,
-                              matmul<Avx2>, weight_only<Avx2>, embedding<Avx2>};
+const Kernels avx2_kernels = {"avx2",          supported,         quantize<Avx2>,  requantize<Avx2>,
+                              matmul<Avx2>,    weight_only<Avx2>, embedding<Avx2>, norm_rows<Avx2>,
+                              head_rows<Avx2>, gate_rows<Avx2>,   add_rows<Avx2>,  store_codes<Avx2>,
+                              attention<Avx2>};
 
 }  // namespace bytelane::cpu

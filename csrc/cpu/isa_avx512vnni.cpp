@@ -7,9 +7,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.hpp"
 #include "embedding.hpp"
+#include "float_ops.hpp"
 #include "matmul.hpp"
 #include "weight_digits.hpp"
+#include "x86_floats.hpp"
 #include "x86_unpack.hpp"
 
 namespace bytelane::cpu {
@@ -86,6 +89,27 @@ struct Avx512Vnni {
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
     static void add_product(Floats& sum, Floats a, Floats b) { sum = _mm512_fmadd_ps(a, b, sum); }
+    static void add_rounded(Floats& sum, Floats a, Floats b) { sum = _mm512_add_ps(sum, _mm512_mul_ps(a, b)); }
+    static Floats broadcast(float v) { return _mm512_set1_ps(v); }
+
+    static Floats load_int8(const std::int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+
+    static Floats load_bfloat(const std::uint16_t* p) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+
+    static Floats load_half(const std::uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+
+    // Lanes l and l + 8, then l and l + 4, l and l + 2, l and l + 1.
+    static float sum(Floats v) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        return sum_8(eight);
+    }
 
     // The values of sixteen codes. A permutation looks at the lowest four bits of a lane only, so the
     // codes need a shift each and no mask; three-bit values are there twice.
@@ -188,6 +212,8 @@ bool supported() {
 
 const Kernels avx512vnni_kernels = {"avx512vnni",           supported,          quantize<Avx512Vnni>,
                                     requantize<Avx512Vnni>, matmul<Avx512Vnni>, weight_only<Avx512Vnni>,
-                                    embedding<Avx512Vnni>};
+                                    embedding<Avx512Vnni>,  norm_rows<Avx512Vnni>, head_rows<Avx512Vnni>,
+                                    gate_rows<Avx512Vnni>,  add_rows<Avx512Vnni>, store_codes<Avx512Vnni>,
+                                    attention<Avx512Vnni>};
 
 }  // namespace bytelane::cpu

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.hpp"
 #include "embedding.hpp"
+#include "float_ops.hpp"
 #include "matmul.hpp"
 #include "weight_digits.hpp"
 
@@ -91,6 +93,32 @@ struct Portable {
     static void add_product(Floats& sum, const Floats& a, const Floats& b) {
         for (int i = 0; i < 4; ++i) sum.part[i] = sum.part[i] + a.part[i] * b.part[i];
     }
+    static void add_rounded(Floats& sum, const Floats& a, const Floats& b) { add_product(sum, a, b); }
+
+    template <class Value>
+    static Floats lanes(Value value) {
+        float v[16];
+        for (int i = 0; i < 16; ++i) v[i] = value(i);
+        return load(v);
+    }
+    static Floats broadcast(float v) {
+        return lanes([v](int) { return v; });
+    }
+    static Floats load_int8(const std::int8_t* p) {
+        return lanes([p](int i) { return static_cast<float>(p[i]); });
+    }
+    static Floats load_bfloat(const std::uint16_t* p) {
+        return lanes([p](int i) { return float_from_bfloat(p[i]); });
+    }
+    static Floats load_half(const std::uint16_t* p) {
+        return lanes([p](int i) { return float_from_half(p[i]); });
+    }
+
+    // Lanes l and l + 8, then l and l + 4, l and l + 2, l and l + 1.
+    static float sum(const Floats& v) {
+        const Float32x4 four = (v.part[0] + v.part[2]) + (v.part[1] + v.part[3]);
+        return (four[0] + four[2]) + (four[1] + four[3]);
+    }
 
     // The values of sixteen codes.
     template <int Bits>
@@ -125,6 +153,9 @@ bool supported() { return true; }
 const Kernels portable_kernels = {"portable",       supported,
                                   quantize<Portable>, requantize<Portable>,
                                   matmul<Portable>,   weight_only<Portable>,
-                                  embedding<Portable>};
+                                  embedding<Portable>, norm_rows<Portable>,
+                                  head_rows<Portable>, gate_rows<Portable>,
+                                  add_rows<Portable>, store_codes<Portable>,
+                                  attention<Portable>};
 
 }  // namespace bytelane::cpu

@@ -91,6 +91,97 @@ struct Embedding {
     int threads;
 };
 
+// --- between the layers ------------------------------------------------------------------------------------------------
+// Activations of dtype T in rows; a stride counts elements from one row to the next. See float_ops.hpp for the formulas.
+
+// Root-mean-square normalization: the weight is null for none, in float32 where `weight_in_t` is false.
+struct Norm {
+    const float* weight;  // [width]
+    float eps;
+    bool weight_in_t;  // the normalized values are rounded to T, then multiplied by the weight in T
+};
+
+// y = residual + norm(x), times a scalar; `residual` and `scalar` may be null.
+struct NormRows {
+    const void* x;
+    std::int64_t x_stride;
+    Norm norm;
+    const void* residual;  // [rows][width]
+    const float* scalar;   // one, a value of T
+    void* y;               // [rows][width]
+    Dtype dtype;
+    std::int64_t rows, width;
+    int threads;
+};
+
+// y = rotary(norm(x)) of every head apart; `norm` may be null, and so may `cosine` and `sine`, for none.
+struct HeadRows {
+    const void* x;
+    std::int64_t x_stride;
+    const Norm* norm;
+    const void* cosine;  // [angles][dim]; row m takes row m % angles
+    const void* sine;
+    std::int64_t angles;
+    void* y;  // [rows][heads * dim]
+    Dtype dtype;
+    std::int64_t rows, heads, dim;
+    int threads;
+};
+
+enum class Activation : int { gelu_tanh = 0, silu = 1 };
+
+// y = activation(gate) * up; or y = a + b.
+struct GateRows {
+    const void* gate;
+    const void* up;
+    std::int64_t gate_stride, up_stride;
+    void* y;  // [rows][width]
+    Activation activation;
+    Dtype dtype;
+    std::int64_t rows, width;
+    int threads;
+};
+
+struct AddRows {
+    const void* a;
+    const void* b;
+    void* y;
+    Dtype dtype;
+    std::int64_t count;
+    int threads;
+};
+
+// Keys or values of new tokens to int8 codes, at their places in the cache.
+struct StoreCodes {
+    const void* x;  // [batch][tokens][heads][dim] of T
+    std::int64_t x_stride;  // from one token to the next
+    const float* scale;
+    std::int8_t* codes;
+    std::int64_t batch_stride, head_stride;  // of `codes`; a token's codes are `dim` apart from the next one's
+    Dtype dtype;
+    std::int64_t batch, tokens, heads, dim;
+};
+
+// Keys or values as attention reads them: [batch][heads][tokens][dim], int8 where `scale` is not null, else T.
+struct Stored {
+    const void* data;
+    const float* scale;
+    std::int64_t batch_stride, head_stride, token_stride;
+};
+
+// y = softmax(scaling * q k^T) v over the visible keys. Without a mask, query s of S sees the keys up to K - S + s.
+struct Attention {
+    const void* q;  // [batch][queries][heads][dim] of T, contiguous
+    Stored keys, values;
+    const bool* mask;  // [batch][queries][tokens], true where visible; null for causal
+    std::int64_t mask_batch_stride, mask_query_stride;
+    void* y;  // as q
+    float scaling;
+    Dtype dtype;
+    std::int64_t batch, queries, tokens, heads, kv_heads, dim;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     bool (*supported)();
@@ -99,6 +190,12 @@ struct Kernels {
     void (*matmul)(const Matmul&);
     void (*weight_only)(const WeightOnly&);
     void (*embedding)(const Embedding&);
+    void (*norm_rows)(const NormRows&);
+    void (*head_rows)(const HeadRows&);
+    void (*gate_rows)(const GateRows&);
+    void (*add_rows)(const AddRows&);
+    void (*store_codes)(const StoreCodes&);
+    void (*attention)(const Attention&);
 };
 
 extern const Kernels avx512vnni_kernels;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "module.hpp"
 
 namespace nb = nanobind;
 
@@ -28,7 +29,9 @@ const Kernels* const kTable[] = {
 };
 constexpr int kCount = static_cast<int>(sizeof kTable / sizeof kTable[0]);
 
-[[noreturn]] void refuse(const std::string& rule) { throw std::invalid_argument(rule); }
+}  // namespace
+
+void refuse(const std::string& rule) { throw std::invalid_argument(rule); }
 
 const Kernels& kernels(int isa) {
     if (isa < 0 || isa >= kCount) refuse("isa must be an index into isas(), found " + std::to_string(isa));
@@ -47,13 +50,6 @@ Dtype dtype_of(int dtype) {
     }
     return static_cast<Dtype>(dtype);
 }
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
 
 void check_sizes(std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int path) {
     if (m < 0 || n < 0 || k < 0) refuse("sizes must not be negative");
@@ -79,6 +75,17 @@ std::int64_t check_output_scales(std::int64_t output_scales, std::int64_t n) {
     }
     return output_scales > 1 ? 1 : 0;
 }
+
+void check_table(std::int64_t count, std::int64_t k, int bits, std::int64_t groups) {
+    if (count < 0 || k < 0) refuse("sizes must not be negative");
+    if (k > kMaxInFeatures) refuse("at most 131072 codes in a row are taken, found " + std::to_string(k));
+    if (bits < 2 || bits > 8) refuse("bits must be 2..8, found " + std::to_string(bits));
+    if (groups < 1 || k % groups != 0 || (k == 0 && groups != 1)) {
+        refuse(std::to_string(groups) + " scales a row do not divide " + std::to_string(k) + " codes");
+    }
+}
+
+namespace {
 
 // Whether every id is a row of the table; nothing is read before this is known.
 template <class Id>
@@ -137,15 +144,6 @@ void call_linear(int isa, int path, std::uintptr_t x, int dtype, std::uintptr_t 
     kernels(isa).matmul(args);
 }
 
-void check_table(std::int64_t count, std::int64_t k, int bits, std::int64_t groups) {
-    if (count < 0 || k < 0) refuse("sizes must not be negative");
-    if (k > kMaxInFeatures) refuse("at most 131072 codes in a row are taken, found " + std::to_string(k));
-    if (bits < 2 || bits > 8) refuse("bits must be 2..8, found " + std::to_string(bits));
-    if (groups < 1 || k % groups != 0 || (k == 0 && groups != 1)) {
-        refuse(std::to_string(groups) + " scales a row do not divide " + std::to_string(k) + " codes");
-    }
-}
-
 void call_weight_only(int isa, std::uintptr_t x, int dtype, std::uintptr_t w, std::uintptr_t weight_scale,
                       std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y, std::int64_t m,
                       std::int64_t n, std::int64_t k, int bits, std::int64_t groups, int threads) {
@@ -196,4 +194,5 @@ NB_MODULE(_native, m) {
     m.def("linear", call_linear, Free());
     m.def("weight_only", call_weight_only, Free());
     m.def("embedding", call_embedding, Free());
+    bind_decoder(m);
 }

@@ -83,3 +83,127 @@ def embedding(
     threads: int,
     /,
 ) -> None: ...
+def norm_rows(
+    isa: int,
+    x: int,
+    x_stride: int,
+    dtype: int,
+    weight: int,
+    weight_in_t: bool,
+    eps: float,
+    residual: int,
+    scalar: int,
+    y: int,
+    rows: int,
+    width: int,
+    threads: int,
+    /,
+) -> None: ...
+def head_rows(
+    isa: int,
+    x: int,
+    x_stride: int,
+    dtype: int,
+    normalized: bool,
+    weight: int,
+    weight_in_t: bool,
+    eps: float,
+    cosine: int,
+    sine: int,
+    angles: int,
+    y: int,
+    rows: int,
+    heads: int,
+    dim: int,
+    threads: int,
+    /,
+) -> None: ...
+def gate_rows(
+    isa: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    dtype: int,
+    activation: int,
+    y: int,
+    rows: int,
+    width: int,
+    threads: int,
+    /,
+) -> None: ...
+def store_codes(
+    isa: int,
+    x: int,
+    x_stride: int,
+    dtype: int,
+    scale: int,
+    codes: int,
+    batch_stride: int,
+    head_stride: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    /,
+) -> None: ...
+def attention(*arguments: float) -> None:
+    """`isa, q, dtype`, keys, values (address, scale, batch, head and token stride each), mask (address, batch and query
+    stride), `y, scaling, batch, queries, tokens, heads, kv_heads, dim, threads`.
+    """
+
+class DecoderLayer:
+    """A decoder layer in the making, then to be run: csrc/cpu/decoder_layer.hpp."""
+
+    def __init__(
+        self,
+        isa: int,
+        dtype: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        scaling: float,
+        activation: int,
+        /,
+    ) -> None: ...
+    def norm(self, name: str, weight: int, eps: float, weight_in_t: bool, /) -> None: ...
+    def scalar(self, value: int, /) -> None: ...
+    def integer(
+        self,
+        role: str,
+        path: int,
+        w: int,
+        weight_scale: int,
+        input_scale: int,
+        output_scale: int,
+        output_scales: int,
+        bias: int,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        /,
+    ) -> None: ...
+    def weight_only(
+        self,
+        role: str,
+        w: int,
+        weight_scale: int,
+        output_scale: int,
+        bias: int,
+        n: int,
+        k: int,
+        bits: int,
+        groups: int,
+        /,
+    ) -> None: ...
+    def columns(self, name: str, group: int, first: int, /) -> None: ...
+    def seal(self) -> None: ...
+    def before(
+        self, x: int, cosine: int, sine: int, angles: int, q: int, k: int, v: int, m: int, threads: int, /
+    ) -> None: ...
+    def after(self, *arguments: int) -> None:
+        """`x, q`, keys, values and mask as for `attention`, `per_layer, per_layer_stride, y, batch, queries, tokens,
+        threads`.
+        """

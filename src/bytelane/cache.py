@@ -9,11 +9,11 @@ their norm) are quantized when they are written to the cache, and attention read
 The tokens of the current call take the same way: they are written, then read. So a key has one value whether the query
 that meets it comes in the same call or a thousand tokens later, and cutting a prompt into pieces changes no key.
 
-`Int8Cache` is transformers' `DynamicCache` with another kind of layer in it. `DynamicLayer` and
-`DynamicSlidingWindowLayer` only ever concatenate, slice and index what they hold, whatever its dtype; the layers here
-hand them codes to keep and dequantize what they hand back. Windows, mask sizes, beams, cropping and batches are
-therefore transformers' own. Layers that reuse another layer's keys and values (Gemma 4's later ones) get the tensors
-that `update` returned and have nothing to store.
+`Int8Cache` is transformers' `DynamicCache` with another kind of layer in it, whose `keys` and `values` are codes.
+Mask sizes, beams, cropping and batches are transformers' own, which only slice and index what a layer holds. Writing is
+not: where transformers concatenates, and so copies the whole cache for every token, the layers here write into spare
+room behind the tokens they hold. bytelane's own decoder layers read the codes in place (`write`); others get them
+dequantized (`update`). Layers that reuse another layer's keys and values (Gemma 4's later ones) have nothing to store.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import functools
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -31,7 +31,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from bytelane import ops as _ops  # noqa: F401  (registers torch.ops.bytelane)
 from bytelane.checkpoint import KVScales
+from bytelane.dispatch import FLOATS, machine
 from bytelane.errors import MissingTensorError, ModelConfigError
+from bytelane.kernels import float_ops
+from bytelane.kernels.float_ops import KeyValues
 from bytelane.scheme import Numerics
 
 KVCacheChoice = Literal["auto", "int8", "float"]
@@ -49,21 +52,78 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(torch.float32).mul_(scale).to(dtype)
 
 
+def append(held: Tensor, new: int, room: Tensor | None, spare: int) -> tuple[Tensor, Tensor]:
+    """Make place for new tokens behind the tokens a layer holds.
+
+    Args:
+        held: `[batch, heads, tokens, dim]`, the tokens so far: a view of `room`, or anything else.
+        new: how many tokens come.
+        room: the tensor earlier calls returned, or None.
+        spare: how many more tokens a new room is made for.
+
+    Returns:
+        The room, and its part that begins with the held tokens and ends with the places of the new ones. Held tokens
+        are copied only when the room is full or they are not in it (after a beam's reordering, say).
+    """
+    batch, heads, tokens, dim = held.shape
+    if room is not None and held.dtype is room.dtype and held.data_ptr() and held.stride()[:3] == room.stride()[:3]:
+        start, inside = divmod(held.storage_offset(), dim)
+        here = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() and not inside
+        if here and held.shape[:2] == room.shape[:2] and start + tokens + new <= room.shape[2]:
+            return room, room[:, :, start : start + tokens + new]
+    room = held.new_empty(batch, heads, tokens + new + spare, dim)
+    room[:, :, :tokens] = held
+    return room, room[:, :, : tokens + new]
+
+
 class _Int8Storage(DynamicLayer):
-    """Turns a dynamic layer's storage into codes: quantizes what goes in, dequantizes what comes out."""
+    """A layer whose keys and values are codes; `_keep` says which tokens stay after a write."""
 
     def __init__(self, scales: KVScales, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scales = scales
         self.key_scale = torch.tensor(scales.k, dtype=torch.float32)
         self.value_scale = torch.tensor(scales.v, dtype=torch.float32)
+        self._rooms: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty, with int8 storage on the device of the states."""
-        # The base class takes its storage dtype and device from the tensors it is shown; the data is not used.
-        super().lazy_initialization(key_states[..., :0].to(torch.int8), value_states[..., :0].to(torch.int8))
+        self.device = key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[-1]), dtype=torch.int8)
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]), dtype=torch.int8)
+        self.is_initialized = True
         self.key_scale = self.key_scale.to(self.device)
         self.value_scale = self.value_scale.to(self.device)
+
+    def _spare(self, tokens: int) -> int:
+        """Room to make beside what is needed: as much again, so that each token is copied about once."""
+        return max(tokens, 64)
+
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def write(self, key_states: Tensor, value_states: Tensor) -> KeyValues:
+        """Write the states of new tokens.
+
+        Args:
+            key_states: `[batch, KV heads, new tokens, head dim]`, float32, bfloat16 or float16.
+            value_states: likewise.
+
+        Returns:
+            The codes of all tokens that attention may look at, with their scales. They are the cache's own memory, to
+            be read before the next write.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, tokens = key_states.shape[-2], self.keys.shape[-2]
+        rooms = self._rooms or (None, None)
+        key_room, keys = append(self.keys, new, rooms[0], self._spare(tokens + new))
+        value_room, values = append(self.values, new, rooms[1], self._spare(tokens + new))
+        self._rooms = key_room, value_room
+        for states, scale, codes in ((key_states, self.key_scale, keys), (value_states, self.value_scale, values)):
+            _quantize_into(states, scale, codes[:, :, tokens:])
+        self._keep(keys, values)
+        return KeyValues(keys, values, self.key_scale, self.value_scale)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of new tokens, then read all that attention may look at.
@@ -71,28 +131,23 @@ class _Int8Storage(DynamicLayer):
         Args:
             key_states: `[batch, KV heads, new tokens, head dim]`, float32, bfloat16 or float16.
             value_states: likewise.
-            args: for the base class.
-            kwargs: for the base class.
+            args: of other kinds of cache; not used.
+            kwargs: likewise.
 
         Returns:
             Dequantized keys and values `[batch, KV heads, visible tokens, head dim]` in the dtype of the states.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        quantize = torch.ops.bytelane.quantize
-        keys, values = super().update(
-            quantize(key_states, self.key_scale), quantize(value_states, self.value_scale), *args, **kwargs
-        )
+        stored = self.write(key_states, value_states)
         return (
-            dequantize(keys, self.key_scale, key_states.dtype),
-            dequantize(values, self.value_scale, value_states.dtype),
+            dequantize(stored.keys, self.key_scale, key_states.dtype),
+            dequantize(stored.values, self.value_scale, value_states.dtype),
         )
 
     def reset(self) -> None:
         """Forget all tokens."""
         # Before transformers 5.23 the base class zeroed its tensors and kept their length: a cache of zeros that
         # attention would look at. Dropping them first is right for those and changes nothing for later ones.
-        self.keys = self.values = None
+        self.keys = self.values = self._rooms = None
         self.is_initialized = False
         super().reset()
 
@@ -103,6 +158,33 @@ class Int8Layer(_Int8Storage, DynamicLayer):
 
 class Int8SlidingWindowLayer(_Int8Storage, DynamicSlidingWindowLayer):
     """A sliding-window layer: as `Int8Layer`, of the last `sliding_window - 1` tokens."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start empty."""
+        super().lazy_initialization(key_states, value_states)
+        self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
+
+    def _spare(self, tokens: int) -> int:
+        return min(max(tokens, 64), self.sliding_window)
+
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
+        # As the base class does: all tokens while the past is recorded, and `crop` cuts them to the window.
+        self.cumulative_length += keys.shape[-2] - self.keys.shape[-2]
+        first = 0 if self.record_past else max(keys.shape[-2] - self.sliding_window + 1, 0)
+        super()._keep(keys[:, :, first:], values[:, :, first:])
+
+
+def holds_codes(layer: Any) -> TypeGuard[_Int8Storage]:
+    """Whether a cache layer keeps int8 codes."""
+    return isinstance(layer, _Int8Storage)
+
+
+def _quantize_into(states: Tensor, scale: Tensor, codes: Tensor) -> None:
+    """The codes of `states` into `codes`, both `[batch, heads, tokens, dim]`."""
+    if states.is_cpu and states.dtype in FLOATS:
+        float_ops.store_codes(states, scale, codes, isa=machine().isas[0])
+    else:
+        codes.copy_(torch.ops.bytelane.quantize(states, scale))
 
 
 class Int8Cache(DynamicCache):

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from bytelane.cache import KVCacheChoice, install_kv_cache
 from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
+from bytelane.decoder import FloatOps, install_decoder
 from bytelane.errors import (
     CheckpointError,
     FileFormatError,
@@ -187,6 +188,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     numerics: Numerics | str = "integer",
     kv_cache: KVCacheChoice = "auto",
+    float_ops: FloatOps = "auto",
     text_only: bool = False,
     overrides: OverridesSource | None = None,
     revision: str | None = None,
@@ -203,6 +205,10 @@ def load_model(
         kv_cache: what `generate` keeps keys and values in when it is given no cache: `"int8"` codes with the
             checkpoint's scales, `"float"`, or `"auto"`: int8 in integer numerics where the checkpoint has the scales.
             A bare `model(input_ids)` is not affected: it keeps transformers' own cache.
+        float_ops: who computes what lies between the layers (norms, rotary embedding, attention, activation
+            functions): `"native"`, bytelane's kernels, fast and the same bits in any batch; `"torch"`, transformers'
+            modules; or `"auto"`: native in integer numerics on the CPU where the architecture is one of those of
+            `bytelane.decoder`.
         text_only: leave the vision and audio towers of a multimodal model out, and never read their tensors. What is
             left has the same names and gives the same logits for text.
         overrides: scales the checkpoint lacks, as a JSON file or a mapping: see `bytelane.overrides`.
@@ -215,7 +221,8 @@ def load_model(
 
     Raises:
         CheckpointError: the class that names the broken rule; nothing is left half-loaded.
-        ValueError: unknown numerics or an unknown kind of cache.
+        ConfigError: `float_ops="native"` for a model that has no such form.
+        ValueError: unknown numerics, or an unknown kind of cache or of float operations.
     """
     chosen = Numerics(numerics)
     given = Overrides(overrides)
@@ -225,6 +232,7 @@ def load_model(
     with checkpoint:
         install_kv_cache(model, checkpoint.kv_scales, choice=kv_cache, numerics=chosen, file=checkpoint.directory)
         _place(checkpoint, model, given.resolve(checkpoint), torch.device(device), chosen, progress)
+    install_decoder(model, float_ops, numerics=chosen)
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     model.name_or_path = str(path)

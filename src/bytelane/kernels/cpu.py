@@ -43,21 +43,24 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(name for name in _ISAS if _native.supported(name))
 
 
-def _dtype(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype) -> int:
+    """The native code of an activation dtype."""
     code = _DTYPES.get(dtype)
     if code is None:
         raise ValueError(f"activations must be float32, bfloat16 or float16, found {dtype}")
     return code
 
 
-def _isa(isa: str) -> int:
+def isa_code(isa: str) -> int:
+    """The native index of an instruction set of this build."""
     code = _ISAS.get(isa)
     if code is None:
         raise ValueError(f"isa must be one of {', '.join(_ISAS)}, found {isa!r}")
     return code
 
 
-def _path(path: str) -> int:
+def path_code(path: str) -> int:
+    """The native code of a matmul path."""
     code = PATHS.get(path)
     if code is None:
         raise ValueError(f"path must be packed or unpacked, found {path!r}")
@@ -95,11 +98,11 @@ def _weight_address(weight: Tensor, in_features: int, num_bits: int) -> int:
 
 def quantize(x: Tensor, scale: Tensor, *, isa: str) -> Tensor:
     """See `numerics.quantize`."""
-    dtype = _dtype(x.dtype)
+    dtype = dtype_code(x.dtype)
     x = _contiguous(x)
     q = torch.empty(x.shape, dtype=torch.int8)
     scale_address = _scale_address(scale, "scale")
-    _native.quantize(_isa(isa), x.data_ptr(), dtype, x.numel(), scale_address, q.data_ptr(), torch.get_num_threads())
+    _native.quantize(isa_code(isa), x.data_ptr(), dtype, x.numel(), scale_address, q.data_ptr(), torch.get_num_threads())
     return q
 
 
@@ -112,8 +115,8 @@ def accumulate(q: Tensor, weight: Tensor, num_bits: int, group_size: int = 0, *,
     weight_address = _weight_address(weight, k, num_bits)
     acc = torch.empty((m, n, k // group_size if group_size > 0 else 1), dtype=torch.int32)
     _native.accumulate(
-        _isa(isa),
-        _path(path),
+        isa_code(isa),
+        path_code(path),
         q.data_ptr(),
         weight_address,
         acc.data_ptr(),
@@ -145,7 +148,7 @@ def requantize(
     outputs = _output_scales(output_scale, n)
     y = torch.empty((m, n), dtype=dtype)
     _native.requantize(
-        _isa(isa),
+        isa_code(isa),
         acc.data_ptr(),
         _address(weight_scale, torch.float32, n * groups, "weight_scale"),
         _scale_address(input_scale, "input_scale"),
@@ -153,7 +156,7 @@ def requantize(
         outputs,
         0 if bias is None else _address(bias, torch.float32, n, "bias"),
         y.data_ptr(),
-        _dtype(dtype),
+        dtype_code(dtype),
         m,
         n,
         groups,
@@ -176,7 +179,7 @@ def linear(
     path: str,
 ) -> Tensor:
     """See `numerics.linear_integer`; `weight` are canonical rows."""
-    dtype = _dtype(x.dtype)
+    dtype = dtype_code(x.dtype)
     x = _contiguous(x)
     *batch, k = x.shape
     n = weight.shape[0]
@@ -184,8 +187,8 @@ def linear(
     outputs = _output_scales(output_scale, n)
     y = torch.empty((*batch, n), dtype=x.dtype)
     _native.linear(
-        _isa(isa),
-        _path(path),
+        isa_code(isa),
+        path_code(path),
         x.data_ptr(),
         dtype,
         _weight_address(weight, k, num_bits),
@@ -222,13 +225,13 @@ def linear_weight_only(
     the result is the same bits for every thread count, M and instruction set; it may differ from torch's, whose order
     is its own, in the last place.
     """
-    dtype = _dtype(x.dtype)
+    dtype = dtype_code(x.dtype)
     x = _contiguous(x)
     *batch, k = x.shape
     n, groups = weight_scale.shape
     y = torch.empty((*batch, n), dtype=x.dtype)
     _native.weight_only(
-        _isa(isa),
+        isa_code(isa),
         x.data_ptr(),
         dtype,
         _address(weight, torch.uint8, n * ((k * num_bits + 7) // 8), "weight rows"),
@@ -282,7 +285,7 @@ def embedding(
         )
     y = torch.empty((*ids.shape, embedding_dim), dtype=dtype)
     _native.embedding(
-        _isa(isa),
+        isa_code(isa),
         ids.data_ptr(),
         ids.dtype == torch.int64,
         ids.numel(),
@@ -296,7 +299,7 @@ def embedding(
         num_bits,
         embed_scale,
         y.data_ptr(),
-        _dtype(dtype),
+        dtype_code(dtype),
         torch.get_num_threads(),
     )
     return y

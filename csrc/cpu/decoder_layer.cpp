@@ -1,0 +1,110 @@
+#include "decoder_layer.hpp"
+
+#include <memory>
+
+namespace bytelane::cpu {
+namespace {
+
+// Rows of T, freed with the call.
+class Rows {
+  public:
+    Rows(std::int64_t m, std::int64_t width, Dtype dtype)
+        : size_(dtype == Dtype::float32 ? 4 : 2), width_(width),
+          memory_(std::make_unique_for_overwrite<std::uint8_t[]>(static_cast<std::size_t>(m * width * size_))) {}
+
+    void* get() const { return memory_.get(); }
+    const void* column(std::int64_t first) const { return memory_.get() + first * size_; }
+    std::int64_t width() const { return width_; }
+
+  private:
+    std::int64_t size_, width_;
+    std::unique_ptr<std::uint8_t[]> memory_;
+};
+
+}  // namespace
+
+void DecoderLayer::project(const Projection& projection, const void* x, void* y, std::int64_t m, int threads) const {
+    if (projection.integer) {
+        Matmul args = projection.matmul;
+        args.x = x, args.output.y = y, args.output.dtype = dtype_, args.m = m, args.threads = threads;
+        return kernels_.matmul(args);
+    }
+    WeightOnly args = projection.weight_only;
+    args.x = x, args.y = y, args.dtype = dtype_, args.m = m, args.threads = threads;
+    kernels_.weight_only(args);
+}
+
+void DecoderLayer::normalize(const MaybeNorm& norm, const void* x, const void* residual, const float* scale, void* y,
+                             std::int64_t m, int threads) const {
+    if (norm.there) {
+        return kernels_.norm_rows(
+            {x, shape_.hidden, norm.norm, residual, scale, y, dtype_, m, shape_.hidden, threads});
+    }
+    kernels_.add_rows({residual, x, y, dtype_, m * shape_.hidden, threads});
+}
+
+void DecoderLayer::heads(const MaybeNorm& norm, const void* x, std::int64_t stride, const BeforeCall& call,
+                         bool rotate, std::int64_t count, void* y) const {
+    kernels_.head_rows({x, stride, norm.get(), rotate ? call.cosine : nullptr, rotate ? call.sine : nullptr,
+                        call.angles, y, dtype_, call.m, count, shape_.dim, call.threads});
+}
+
+void DecoderLayer::before(const BeforeCall& call) const {
+    const Rows n(call.m, shape_.hidden, dtype_);
+    normalize(input, call.x, nullptr, nullptr, n.get(), call.m, call.threads);
+    std::vector<Rows> made;
+    for (const Projection& projection : qkv) {
+        made.emplace_back(call.m, projection.width(), dtype_);
+        project(projection, n.get(), made.back().get(), call.m, call.threads);
+    }
+    const auto finish = [&](const Columns& columns, const MaybeNorm& norm, bool rotate, std::int64_t count, void* y) {
+        const Rows& from = made[columns.group];
+        heads(norm, from.column(columns.first), from.width(), call, rotate, count, y);
+    };
+    finish(q, q_norm, true, shape_.heads, call.q);
+    if (k.there()) {
+        finish(k, k_norm, true, shape_.kv_heads, call.k);
+        finish(v, v_norm, false, shape_.kv_heads, call.v);
+    }
+}
+
+void DecoderLayer::after(const AfterCall& call) const {
+    const std::int64_t m = call.batch * call.queries, hidden = shape_.hidden;
+    const int threads = call.threads;
+    const Rows branch(m, hidden, dtype_), stream(m, hidden, dtype_), next(m, hidden, dtype_);
+    {
+        const Rows seen(m, shape_.heads * shape_.dim, dtype_);
+        kernels_.attention({call.q, call.keys, call.values, call.mask, call.mask_batch_stride, call.mask_query_stride,
+                            seen.get(), shape_.scaling, dtype_, call.batch, call.queries, call.tokens, shape_.heads,
+                            shape_.kv_heads, shape_.dim, threads});
+        project(o, seen.get(), branch.get(), m, threads);
+    }
+    normalize(post_attention, branch.get(), call.x, nullptr, stream.get(), m, threads);
+    normalize(mlp, stream.get(), nullptr, nullptr, next.get(), m, threads);
+    {
+        std::vector<Rows> made;
+        for (const Projection& projection : gate_up) {
+            made.emplace_back(m, projection.width(), dtype_);
+            project(projection, next.get(), made.back().get(), m, threads);
+        }
+        const Rows &gates = made[gate.group], &ups = made[up.group];
+        const std::int64_t width = down.integer ? down.matmul.k : down.weight_only.k;
+        const Rows gated(m, width, dtype_);
+        kernels_.gate_rows({gates.column(gate.first), ups.column(up.first), gates.width(), ups.width(), gated.get(),
+                            shape_.activation, dtype_, m, width, threads});
+        project(down, gated.get(), branch.get(), m, threads);
+    }
+    if (!has_per_layer) {
+        return normalize(post_mlp, branch.get(), stream.get(), scalar, call.y, m, threads);
+    }
+    normalize(post_mlp, branch.get(), stream.get(), nullptr, next.get(), m, threads);
+    const std::int64_t width = per_layer_gate.width();
+    const Rows gates(m, width, dtype_), gated(m, width, dtype_);
+    project(per_layer_gate, next.get(), gates.get(), m, threads);
+    kernels_.gate_rows({gates.get(), call.per_layer, width, call.per_layer_stride, gated.get(), shape_.activation,
+                        dtype_, m, width, threads});
+    project(per_layer, gated.get(), branch.get(), m, threads);
+    normalize(per_layer_norm, branch.get(), next.get(), scalar, call.y, m, threads);
+}
+
+}  // namespace bytelane::cpu
