@@ -15,9 +15,9 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "convert.hpp"
+#include "float_dot.hpp"
 #include "float_ops.hpp"
 #include "kernels.hpp"
 #include "scratch.hpp"
@@ -25,15 +25,7 @@
 namespace bytelane::cpu {
 namespace {
 
-constexpr std::int64_t kVector = 16;
 constexpr std::int64_t kSerialProducts = 128 << 10;  // fewer multiply-adds than this are not worth waking a thread
-
-struct Bfloat {
-    std::uint16_t bits;
-};
-struct Half {
-    std::uint16_t bits;
-};
 
 // Which keys a row sees: `first .. last`, all of them if `whole`.
 struct Visible {
@@ -44,7 +36,8 @@ struct Visible {
 template <class Isa, class Element, bool Exact>
 class AttentionDriver {
     using Floats = typename Isa::Floats;
-    static constexpr int kTile = Isa::vector_bytes == 64 ? 4 : Isa::vector_bytes == 32 ? 2 : 1;
+    using Dot = FloatDot<Isa, Element, Exact>;
+    static constexpr int kTile = kDotTile<Isa>;
 
   public:
     explicit AttentionDriver(const Attention& args) : a_(args) {
@@ -102,26 +95,6 @@ class AttentionDriver {
         return static_cast<const Element*>(stored.data) + b * stored.batch_stride + h * stored.head_stride;
     }
 
-    static void add(Floats& sum, const Floats& x, const Floats& y) {
-        if constexpr (Exact) {
-            Isa::add_product(sum, x, y);
-        } else {
-            Isa::add_rounded(sum, x, y);
-        }
-    }
-
-    static Floats load(const Element* p) {
-        if constexpr (std::is_same_v<Element, std::int8_t>) {
-            return Isa::load_int8(p);
-        } else if constexpr (std::is_same_v<Element, Bfloat>) {
-            return Isa::load_bfloat(&p->bits);
-        } else if constexpr (std::is_same_v<Element, Half>) {
-            return Isa::load_half(&p->bits);
-        } else {
-            return Isa::load(p);
-        }
-    }
-
     const bool* mask_row(std::int64_t b, std::int64_t query) const {
         return a_.mask + b * a_.mask_batch_stride + query * a_.mask_query_stride;
     }
@@ -144,9 +117,9 @@ class AttentionDriver {
         auto* compact = memory.take<float>(tokens_);
         auto* index = memory.take<std::int32_t>(tokens_);
         auto* sums = memory.take<float>(dim_ + kChunk);
-        Visible seen[kTile];
+        Visible seen[kTile] = {};
         std::int64_t begin = a_.tokens, end = 0;
-        for (std::int64_t r = 0; r < count; ++r) {
+        for (std::int64_t r = 0; r < smaller(count, kTile); ++r) {  // never more: said for the compiler
             const std::int64_t query = (first + r) / group_;
             seen[r] = visible(b, query);
             if (seen[r].first < seen[r].last) {
@@ -195,26 +168,12 @@ class AttentionDriver {
     void score(const float* q, const Element* k, std::int64_t stride, std::int64_t begin, std::int64_t end,
                float* scores) const {
         std::int64_t t = begin;
-        for (; t + kTile <= end; t += kTile) score_keys<R, kTile>(q, k + t * stride, stride, scores + t);
-        for (; t < end; ++t) score_keys<R, 1>(q, k + t * stride, stride, scores + t);
-    }
-
-    template <int R, int Keys>
-    void score_keys(const float* q, const Element* k, std::int64_t stride, float* scores) const {
-        Floats sum[R][Keys];
-        for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < Keys; ++t) sum[r][t] = Isa::zero();
+        for (; t + kTile <= end; t += kTile) {
+            Dot::template tile<R, kTile>(q, dim_, k + t * stride, stride, dim_, scores + t, tokens_);
         }
-        for (std::int64_t d = 0; d < dim_; d += kVector) {
-            Floats key[Keys];
-            for (int t = 0; t < Keys; ++t) key[t] = load(k + t * stride + d);
-            for (int r = 0; r < R; ++r) {
-                const Floats query = Isa::load(q + r * dim_ + d);
-                for (int t = 0; t < Keys; ++t) add(sum[r][t], query, key[t]);
-            }
-        }
+        for (; t < end; ++t) Dot::template tile<R, 1>(q, dim_, k + t * stride, stride, dim_, scores + t, tokens_);
         for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < Keys; ++t) scores[r * tokens_ + t] = factor_ * Isa::sum(sum[r][t]);
+            for (t = begin; t < end; ++t) scores[r * tokens_ + t] = factor_ * scores[r * tokens_ + t];
         }
     }
 
@@ -297,10 +256,10 @@ class AttentionDriver {
         }
         for (std::int64_t t = begin; t < end; ++t) {
             Floats value[Vectors];
-            for (int i = 0; i < Vectors; ++i) value[i] = load(v + t * stride + i * kVector);
+            for (int i = 0; i < Vectors; ++i) value[i] = Dot::load(v + t * stride + i * kVector);
             for (int r = 0; r < R; ++r) {
                 const Floats weight = Isa::broadcast(weights[r * tokens_ + t]);
-                for (int i = 0; i < Vectors; ++i) add(sum[r][i], weight, value[i]);
+                for (int i = 0; i < Vectors; ++i) Dot::add(sum[r][i], weight, value[i]);
             }
         }
         for (int r = 0; r < R; ++r) {

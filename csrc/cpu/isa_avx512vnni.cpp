@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "attention.hpp"
+#include "dense.hpp"
 #include "embedding.hpp"
 #include "float_ops.hpp"
 #include "matmul.hpp"
@@ -214,6 +215,6 @@ const Kernels avx512vnni_kernels = {"avx512vnni",           supported,          
                                     requantize<Avx512Vnni>, matmul<Avx512Vnni>, weight_only<Avx512Vnni>,
                                     embedding<Avx512Vnni>,  norm_rows<Avx512Vnni>, head_rows<Avx512Vnni>,
                                     gate_rows<Avx512Vnni>,  add_rows<Avx512Vnni>, store_codes<Avx512Vnni>,
-                                    attention<Avx512Vnni>};
+                                    attention<Avx512Vnni>, dense<Avx512Vnni>};
 
 }  // namespace bytelane::cpu

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.hpp"
+#include "dense.hpp"
 #include "embedding.hpp"
 #include "float_ops.hpp"
 #include "matmul.hpp"
@@ -156,6 +157,6 @@ const Kernels portable_kernels = {"portable",       supported,
                                   embedding<Portable>, norm_rows<Portable>,
                                   head_rows<Portable>, gate_rows<Portable>,
                                   add_rows<Portable>, store_codes<Portable>,
-                                  attention<Portable>};
+                                  attention<Portable>, dense<Portable>};
 
 }  // namespace bytelane::cpu

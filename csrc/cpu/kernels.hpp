@@ -151,6 +151,17 @@ struct AddRows {
     int threads;
 };
 
+// y = T(x . w + bias) with weights in T.
+struct Dense {
+    const void* x;  // [m][k]
+    const void* w;  // [n][k]
+    const float* bias;  // [n], values of T, or null
+    void* y;  // [m][n]
+    Dtype dtype;
+    std::int64_t m, n, k;
+    int threads;
+};
+
 // Keys or values of new tokens to int8 codes, at their places in the cache.
 struct StoreCodes {
     const void* x;  // [batch][tokens][heads][dim] of T
@@ -196,6 +207,7 @@ struct Kernels {
     void (*add_rows)(const AddRows&);
     void (*store_codes)(const StoreCodes&);
     void (*attention)(const Attention&);
+    void (*dense)(const Dense&);
 };
 
 extern const Kernels avx512vnni_kernels;

@@ -71,6 +71,14 @@ void call_gate_rows(int isa, Address gate, std::int64_t gate_stride, Address up,
                             at_least_one(threads)});
 }
 
+void call_dense(int isa, Address x, Address w, Address bias, Address y, int dtype, std::int64_t m, std::int64_t n,
+                std::int64_t k, int threads) {
+    check_rows(m, k);
+    if (n < 0) refuse("sizes must not be negative");
+    kernels(isa).dense({pointer<const void>(x), pointer<const void>(w), pointer<const float>(bias), pointer<void>(y),
+                        dtype_of(dtype), m, n, k, at_least_one(threads)});
+}
+
 void call_store_codes(int isa, Address x, std::int64_t x_stride, int dtype, Address scale, Address codes,
                       std::int64_t batch_stride, std::int64_t head_stride, std::int64_t batch, std::int64_t tokens,
                       std::int64_t heads, std::int64_t dim) {
@@ -258,6 +266,7 @@ void bind_decoder(nb::module_& m) {
     m.def("norm_rows", call_norm_rows, Free());
     m.def("head_rows", call_head_rows, Free());
     m.def("gate_rows", call_gate_rows, Free());
+    m.def("dense", call_dense, Free());
     m.def("store_codes", call_store_codes, Free());
     m.def("attention", call_attention, Free());
     nb::class_<LayerBuilder>(m, "DecoderLayer")

@@ -19,6 +19,7 @@ dequantized (`update`). Layers that reuse another layer's keys and values (Gemma
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -327,6 +328,16 @@ def _by_layer(model: PreTrainedModel, scales: Mapping[str, KVScales], file: Path
             )
         found[index] = layer_scales
     return found
+
+
+@functools.cache
+def _cache_keyword(model_class: type) -> str:
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What the installed transformers calls the cache: `cache`, or `past_key_values` before 5.24."""
+    return _cache_keyword(type(model))
 
 
 def kv_scales(model: PreTrainedModel) -> dict[int, KVScales]:

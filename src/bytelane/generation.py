@@ -21,40 +21,14 @@ from transformers import (
     TextStreamer,
 )
 
-from bytelane.cache import make_cache, rewind
+from bytelane.cache import cache_keyword, make_cache, rewind
 from bytelane.errors import FileFormatError
+from bytelane.sampling import Chooser, Sampling, end_tokens, unhandled
 
 Message = dict[str, str]
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. None leaves a value to the model's generation configuration.
-
-    Attributes:
-        greedy: take the likeliest token; the other values are then ignored.
-        temperature: divides the logits.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the likeliest tokens that together reach this probability.
-        repetition_penalty: divides the logits of tokens already used.
-        seed: of the random choice.
-    """
-
-    greedy: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of transformers' `generate`."""
-        if self.greedy:
-            return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        given = {k: v for k, v in asdict(self).items() if k not in ("greedy", "seed") and v is not None}
-        if {"temperature", "top_k", "top_p"} & given.keys():
-            given["do_sample"] = True
-        return given
+PREFILL_TOKENS = 1024
+"""Tokens of a prompt that go through the model at once."""
 
 
 @dataclass(frozen=True)
@@ -183,26 +157,80 @@ def _generate(
     stopped: Callable[[], bool],
 ) -> tuple[torch.Tensor, GenerationStats]:
     """The tokens `[n + new]`, prompt included, and what they cost; `cache` holds some first tokens of the prompt."""
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
     streamer = _Streamer(tokenizer, on_text)
     ids = input_ids.to(model.device)
-    reused = 0 if cache is None else cache.get_seq_length()
+    cache = make_cache(model) if cache is None else cache
+    reused = cache.get_seq_length()
+    config = model.generation_config
     start = time.perf_counter()
     with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            stopping_criteria=[_Stop(stopped)],
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            past_key_values=cache,
-            **sampling.arguments(),
-        )
+        if getattr(model, "bytelane_float_ops", "torch") == "native" and config is not None and not unhandled(config):
+            output = _decode(model, ids, cache, max_new_tokens, sampling, streamer, stopped)
+        else:
+            output = _transformers_generate(model, tokenizer, ids, cache, max_new_tokens, sampling, streamer, stopped)
     times = streamer.times or [time.perf_counter()]
     new = output.shape[1] - ids.shape[1]
     return output[0], GenerationStats(ids.shape[1], new, times[0] - start, times[-1] - times[0], reused)
+
+
+def _decode(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: _Streamer,
+    stopped: Callable[[], bool],
+) -> torch.Tensor:
+    """Token by token, with little between the model's calls: for models whose layers bytelane runs as a whole.
+
+    The prompt goes in by pieces, which bounds memory and changes no bit.
+    """
+    run: Any = model
+    chooser, ends = Chooser.of(sampling, run.generation_config), end_tokens(run.generation_config)
+    streamer.put(ids)
+    tokens: list[int] = ids[0].tolist()
+    prompt = len(tokens)
+    given = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
+    for piece in ids[:, cache.get_seq_length() :].split(PREFILL_TOKENS, dim=1):
+        logits = run(piece, **given).logits
+    while True:
+        token = chooser.choose(logits[0, -1], tokens)
+        tokens.append(token)
+        step = ids.new_tensor([[token]])
+        streamer.put(step[0])
+        if token in ends or len(tokens) - prompt >= max_new_tokens or stopped():
+            break
+        logits = run(step, **given).logits
+    streamer.end()
+    return ids.new_tensor([tokens])
+
+
+def _transformers_generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: _Streamer,
+    stopped: Callable[[], bool],
+) -> torch.Tensor:
+    """By transformers' `generate`: any architecture, every setting of a generation configuration."""
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    run: Any = model
+    output: torch.Tensor = run.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        stopping_criteria=[_Stop(stopped)],
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **{cache_keyword(model): cache},
+        **sampling.arguments(),
+    )
+    return output
 
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, output: torch.Tensor, stats: GenerationStats) -> str:

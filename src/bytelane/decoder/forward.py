@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bytelane.cache import Int8Cache, dequantize, holds_codes
@@ -58,7 +58,8 @@ class LayerForward:
         self._native: dict[torch.dtype, NativeLayer] = {}
         projections = {id(part.module) for part in parts.linears()}
         # projections may be watched: their steps are called one by one then
-        self._inner = [m for m in parts.layer.modules() if m is not parts.layer and id(m) not in projections]
+        inner = [m for m in parts.layer.modules() if m is not parts.layer and id(m) not in projections]
+        self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def __getstate__(self) -> dict[str, Any]:
         # a native layer points at tensors of this model: a copy builds its own
@@ -92,10 +93,16 @@ class LayerForward:
             and angles is not None
             and angles[0].shape[-1] == self.parts.dim
             and angles[0].dtype is x.dtype
-            and config._attn_implementation == "sdpa"
+            and _sdpa(config)
             and not arguments.get("output_attentions")
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._inner)
+            and not any(self._hooks)
         )
+
+
+def _sdpa(config: Any) -> bool:
+    # the property costs ten times the attribute behind it, and this is asked by every layer of every token
+    chosen = vars(config).get("_attn_implementation_internal")
+    return (config._attn_implementation if chosen is None else chosen) == "sdpa"
 
 
 def _forward(
@@ -239,6 +246,17 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
     return float_ops.norm_rows(x.contiguous(), part.norm(), isa=machine().isas[0])
 
 
+def _dense_forward(self: Any, x: Tensor) -> Tensor:
+    """The `forward` bound to a linear layer that was never quantized."""
+    weight: Tensor = self.weight
+    plain = x.is_cpu and x.dtype in FLOATS and weight.dtype is x.dtype and weight.is_cpu
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if torch.compiler.is_compiling() or not plain or grad:
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    bias = None if self.bias is None else self.bias.to(torch.float32)
+    return float_ops.dense(x, weight, bias, isa=machine().isas[0])
+
+
 def install_decoder(
     model: PreTrainedModel, choice: FloatOps = "auto", *, numerics: Numerics = Numerics.INTEGER
 ) -> None:
@@ -280,11 +298,15 @@ def install_decoder(
     if not installed:
         return
     inside = {id(m) for layer in decoder.layers for m in layer.modules()}
-    for module in decoder.modules():
-        part = None if id(module) in inside else norm_part(module)
+    for module in [*decoder.modules(), model.get_output_embeddings()]:
+        if id(module) in inside:
+            continue
+        part = norm_part(module)
         if part is not None:
             module.bytelane_norm = part
             module.forward = types.MethodType(_norm_forward, module)
+        elif type(module) is nn.Linear:
+            module.forward = types.MethodType(_dense_forward, module)
     state.bytelane_float_ops = "native"
 
 

@@ -23,22 +23,28 @@ class NativeLayer:
 
     Attributes:
         run: the native object.
-        watched: each projection with the module and the rows it was built from.
         held: tensors that must live as long as `run`.
     """
 
     run: _native.DecoderLayer
-    watched: list[tuple[LinearPart, QuantLinear, Tensor]] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
+
+    def watch(self, parts: list[LinearPart]) -> None:
+        """Note the projections as they are."""
+        self._places = [(part.owner._modules, part.name) for part in parts]
+        self._modules = [_linear(part) for part in parts]
+        self._rows = [id(module.packed) for module in self._modules]
+        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def current(self) -> bool:
         """Whether every projection is the module it was, with the same rows, integer, and watched by nobody."""
-        for part, module, packed in self.watched:
-            if part.owner._modules[part.name] is not module or module._buffers["packed"] is not packed:
-                return False
-            if module.numerics is not Numerics.INTEGER or module._forward_hooks or module._forward_pre_hooks:
-                return False
-        return True
+        # asked by every layer of every token: lists compare by identity first, and `any` runs over dictionaries
+        return (
+            not any(self._hooks)
+            and [modules[name] for modules, name in self._places] == self._modules
+            and [id(module._buffers["packed"]) for module in self._modules] == self._rows
+            and all(module.numerics is Numerics.INTEGER for module in self._modules)
+        )
 
 
 def build(parts: Parts, dtype: torch.dtype) -> NativeLayer:
@@ -90,7 +96,7 @@ def build(parts: Parts, dtype: torch.dtype) -> NativeLayer:
         run.seal()
     except ValueError as error:
         raise NotSupportedError(str(error)) from error
-    made.watched = [(part, module, module.packed) for part in parts.linears() for module in (_linear(part),)]
+    made.watch(parts.linears())
     return made
 
 

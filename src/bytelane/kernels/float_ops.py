@@ -215,6 +215,38 @@ def gate_rows(gate: Tensor, up: Tensor, activation: ActivationName, *, isa: str)
     return y
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: str) -> Tensor:
+    """`T(x . weight + bias)` of a layer that was never quantized, summed in an order that its width alone fixes.
+
+    Args:
+        x: `[..., in]`.
+        weight: of T, contiguous `[out, in]`.
+        bias: float32 `[out]`, values of T; None for none.
+        isa: one of `supported_isas()`.
+
+    Returns:
+        `[..., out]`, contiguous.
+    """
+    out_features, in_features = weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., {in_features}], found {tuple(x.shape)}")
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    _native.dense(
+        isa_code(isa),
+        _check(x, x.dtype, x.numel(), "x"),
+        _check(weight, x.dtype, out_features * in_features, "the weight"),
+        _check(bias, torch.float32, out_features, "the bias"),
+        y.data_ptr(),
+        dtype_code(x.dtype),
+        x.numel() // in_features,
+        out_features,
+        in_features,
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def store_codes(x: Tensor, scale: Tensor, codes: Tensor, *, isa: str) -> None:
     """Quantize new keys or values into their places in a cache: `clamp(rne(f32(x) * f32(1 / scale)), -128, 127)`.
 
