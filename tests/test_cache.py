@@ -51,7 +51,8 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def gemma(**options: Any) -> Any:
-    return bytelane.load_model(GEMMA, dtype=options.pop("dtype", torch.float32), **options)
+    # torch's attention, which reads dequantized floats: what an oracle's float cache can be compared with
+    return bytelane.load_model(GEMMA, dtype=options.pop("dtype", torch.float32), **{"float_ops": "torch", **options})
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -74,7 +74,8 @@ def test_norm_reads_rows_that_lie_apart(isa: str, dtype: str) -> None:
     wide = values(0, (4, 300), dtype)
     cut = wide[:, 40:140]
     assert torch.equal(
-        float_ops.norm_rows(cut, Norm(None, 1e-6), isa=isa), float_ops.norm_rows(cut.contiguous(), Norm(None, 1e-6), isa=isa)
+        float_ops.norm_rows(cut, Norm(None, 1e-6), isa=isa),
+        float_ops.norm_rows(cut.contiguous(), Norm(None, 1e-6), isa=isa),
     )
 
 
@@ -134,9 +135,11 @@ def test_gates_are_near_the_real_functions(activation: str) -> None:
     remainder (2^-27) less than 4 u more.
     """
     g = np.concatenate([s * np.logspace(-30, 1.9, 200001) for s in (-1.0, 1.0)]).astype(np.float32)
-    found = float_ops.gate_rows(
-        torch.from_numpy(g)[None], torch.ones(1, len(g)), activation, isa=ISAS[0]
-    ).numpy()[0].astype(np.float64)
+    found = (
+        float_ops.gate_rows(torch.from_numpy(g)[None], torch.ones(1, len(g)), activation, isa=ISAS[0])
+        .numpy()[0]
+        .astype(np.float64)
+    )
     x = g.astype(np.float64)
     z = x if activation == "silu" else 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
     with np.errstate(over="ignore"):

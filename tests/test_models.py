@@ -124,7 +124,7 @@ class TheirLinear(nn.Module):
 
 def test_golden_integer_logits_equal_transformers_with_oracle_layers() -> None:
     ids = load_file(GEMMA / "expected_integer_float32.safetensors")["input_ids"]
-    ours = bytelane.load_model(GEMMA, dtype=torch.float32)
+    ours = bytelane.load_model(GEMMA, dtype=torch.float32, float_ops="torch")
     theirs = AutoModelForCausalLM.from_pretrained(GEMMA, dtype=torch.float32).eval()
     for name, module in ours.named_modules():
         if isinstance(module, QuantLinear):
@@ -147,7 +147,7 @@ def test_golden_logits_equal_the_recorded_ones(dtype: str, numerics: str) -> Non
     if not torch.equal(logits(theirs, recorded["input_ids"]).float(), recorded["logits"].float()):
         pytest.skip("torch's float operations differ on this processor from those of the recording")
     expected = load_file(GEMMA / f"expected_{numerics}_{dtype}.safetensors")
-    model = bytelane.load_model(GEMMA, dtype=chosen, numerics=numerics)
+    model = bytelane.load_model(GEMMA, dtype=chosen, numerics=numerics, float_ops="torch")
     assert torch.equal(logits(model, expected["input_ids"]).float(), expected["logits"].float())
 
 

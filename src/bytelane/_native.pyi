@@ -132,9 +132,7 @@ def gate_rows(
     threads: int,
     /,
 ) -> None: ...
-def dense(
-    isa: int, x: int, w: int, bias: int, y: int, dtype: int, m: int, n: int, k: int, threads: int, /
-) -> None: ...
+def dense(isa: int, x: int, w: int, bias: int, y: int, dtype: int, m: int, n: int, k: int, threads: int, /) -> None: ...
 def store_codes(
     isa: int,
     x: int,

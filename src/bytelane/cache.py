@@ -367,10 +367,11 @@ def _generate_with_int8_cache(
 
     # "hybrid" is an old name for the default that Gemma checkpoints still carry; `generate` reads it as none, too.
     asked = setting("cache_implementation") not in (None, "hybrid")
-    if kwargs.get("past_key_values") is None and setting("use_cache") is not False and not asked:
+    given = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+    if not given and setting("use_cache") is not False and not asked:
         cache = make_cache(self)
         if setting("is_assistant"):
             # As `generate` does with a cache of its own making: the candidates' tokens will be taken back.
             cache.activate_past_recording()
-        kwargs["past_key_values"] = cache
+        kwargs[cache_keyword(self)] = cache
     return type(self).generate(self, inputs, generation_config, *args, **kwargs)

@@ -8,10 +8,12 @@ int8 codes where the layer has a scale on that side and as values where it has n
     codes of y    rne(y / s_out): exact, since y is a code times s_out, and 8 bits fit any activation dtype
 
 The integer layers give the same codes for the same input codes, whatever the threads, batch or chunks. What lies
-between them is float and torch's own: norms, rotary embedding, attention, activation functions, residual sums, and
-layers without an input scale. A difference that starts at a layer's *input* came from those; one that starts at an
-*output* with equal inputs came from the layer's own arithmetic. Between two integer runs of one checkpoint the second
-never happens.
+between them is float: norms, rotary embedding, attention, activation functions, residual sums, and layers without an
+input scale. Both runs compute it the same way, so that the layers' arithmetic is what is compared: by bytelane's kernels
+where the architecture has them (`bytelane.decoder`), by torch where one side is transformers' own quantizer. A
+difference that starts at a layer's *input* came from the float operations; one that starts at an *output* with equal
+inputs came from the layer's own arithmetic. Between two integer runs of one checkpoint the second never happens, and
+with bytelane's kernels neither does the first.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bytelane import numerics
+from bytelane.cache import cache_keyword
+from bytelane.decoder import install_decoder
 from bytelane.errors import ConfigError
 from bytelane.layers import QuantLinear
 from bytelane.models import load_model, resolve_checkpoint
@@ -186,9 +190,12 @@ class _Tape:
             handle.remove()
 
 
-def _load(way: Way, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load(way: Way, dtype: torch.dtype | None, native: bool) -> PreTrainedModel:
     if way.runtime != "transformers":
-        return load_model(way.model, numerics=way.runtime, dtype=dtype)
+        model = load_model(way.model, numerics=way.runtime, dtype=dtype, float_ops="torch")
+        if native:
+            install_decoder(model)  # in emulated numerics too: the layers' own arithmetic alone shall differ
+        return model
     folder = resolve_checkpoint(way.model)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
@@ -197,8 +204,10 @@ def _load(way: Way, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def run(way: Way, ids: Tensor, *, dtype: torch.dtype | None = None) -> tuple[dict[str, Any], Tensor]:
-    """Feed token ids `[n]` one way.
+def run(
+    way: Way, ids: Tensor, *, dtype: torch.dtype | None = None, native: bool = True
+) -> tuple[dict[str, Any], Tensor]:
+    """Feed token ids `[n]` one way; with `native`, what lies between the layers is bytelane's where it can be.
 
     Returns:
         The layers' records in execution order, and the logits `[n, vocabulary]` in float32.
@@ -206,7 +215,7 @@ def run(way: Way, ids: Tensor, *, dtype: torch.dtype | None = None) -> tuple[dic
     Raises:
         CheckpointError: the checkpoint is refused.
     """
-    model = _load(way, dtype)
+    model = _load(way, dtype, native)
     tape = _Tape(model)
     threads = torch.get_num_threads()
     batch = ids[None].expand(way.batch, -1)
@@ -216,8 +225,8 @@ def run(way: Way, ids: Tensor, *, dtype: torch.dtype | None = None) -> tuple[dic
         if way.threads:
             torch.set_num_threads(way.threads)
         for part in batch.split(way.chunk or batch.shape[1], dim=1):
-            output = model(part, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            output = model(part, **{cache_keyword(model): past}, use_cache=True)
+            past = output[cache_keyword(model)]
             logits.append(output.logits[0].to(torch.float32))
     finally:
         torch.set_num_threads(threads)
@@ -274,4 +283,5 @@ def compare(first: tuple[dict[str, Any], Tensor], second: tuple[dict[str, Any], 
 
 def trace(first: Way, second: Way, ids: Tensor, *, dtype: torch.dtype | None = None) -> TraceResult:
     """Run token ids `[n]` both ways, one after the other, and compare. See `run` and `compare` for the errors."""
-    return compare(run(first, ids, dtype=dtype), run(second, ids, dtype=dtype))
+    native = "transformers" not in (first.runtime, second.runtime)
+    return compare(run(first, ids, dtype=dtype, native=native), run(second, ids, dtype=dtype, native=native))

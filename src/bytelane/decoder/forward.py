@@ -326,4 +326,3 @@ def refusals(model: PreTrainedModel) -> dict[str, str]:
         except NotSupportedError as error:
             found[names[id(layer)]] = str(error)
     return found
-

@@ -38,6 +38,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bytelane.cache import KVCacheChoice, install_kv_cache
 from bytelane.checkpoint import Checkpoint, open_checkpoint
+from bytelane.decoder import FloatOps, install_decoder
 from bytelane.errors import ConfigError, FileFormatError, UnknownMethodError
 from bytelane.models import build_skeleton, has_towers, load_config, place_quantized, resolve_checkpoint, without_towers
 from bytelane.overrides import Overrides, ScaleOverride
@@ -55,6 +56,7 @@ class BytelaneConfig(QuantizationConfigMixin):
         quant_method: `"bytelane"`.
         numerics: `"integer"` or `"emulated"`.
         kv_cache: `"auto"`, `"int8"` or `"float"`, as for `load_model`.
+        float_ops: `"auto"`, `"native"` or `"torch"`, as for `load_model`.
         overrides: scales the checkpoint lacks, as a file's path or a mapping: see `bytelane.overrides`.
     """
 
@@ -63,6 +65,7 @@ class BytelaneConfig(QuantizationConfigMixin):
         numerics: Numerics | str = "integer",
         kv_cache: KVCacheChoice = "auto",
         overrides: str | Path | Mapping[str, Mapping[str, Any]] | None = None,
+        float_ops: FloatOps = "auto",
         quant_method: str = METHOD,
     ) -> None:
         """Take the arguments of `load_model` that are not `from_pretrained`'s own.
@@ -77,6 +80,7 @@ class BytelaneConfig(QuantizationConfigMixin):
         # Plain values only: transformers copies this object and writes it as JSON.
         self.numerics = Numerics(numerics).value
         self.kv_cache = kv_cache
+        self.float_ops = float_ops
         self.overrides = str(overrides) if isinstance(overrides, Path) else overrides
 
     def model_config(
@@ -187,6 +191,7 @@ class BytelaneQuantizer(HfQuantizer):
                 numerics=numerics,
                 file=checkpoint.directory,
             )
+        install_decoder(model, self.quantization_config.float_ops, numerics=numerics)
         # The model keeps its quantizer; neither the files nor the architecture's own modules need to stay with it.
         self._checkpoint, self._originals = None, {}
         return model

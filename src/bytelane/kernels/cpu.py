@@ -102,7 +102,9 @@ def quantize(x: Tensor, scale: Tensor, *, isa: str) -> Tensor:
     x = _contiguous(x)
     q = torch.empty(x.shape, dtype=torch.int8)
     scale_address = _scale_address(scale, "scale")
-    _native.quantize(isa_code(isa), x.data_ptr(), dtype, x.numel(), scale_address, q.data_ptr(), torch.get_num_threads())
+    _native.quantize(
+        isa_code(isa), x.data_ptr(), dtype, x.numel(), scale_address, q.data_ptr(), torch.get_num_threads()
+    )
     return q
 
 

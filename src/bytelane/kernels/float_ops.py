@@ -287,7 +287,9 @@ def mask_place(mask: Tensor | None, batch: int, queries: int, tokens: int) -> tu
     """Address and strides of a mask `[batch or 1, 1, queries, tokens]` of bools, true where a key is visible."""
     if mask is None:
         return 0, 0, 0
-    fits = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[0] in (1, batch) and mask.shape[2:] == (queries, tokens)
+    fits = (
+        mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[0] in (1, batch) and mask.shape[2:] == (queries, tokens)
+    )
     if mask.dtype is not torch.bool or not fits or (tokens > 1 and mask.stride(3) != 1):
         raise ValueError(
             f"a mask must be bool [{batch} or 1, 1, {queries}, {tokens}] with contiguous rows, found {mask.dtype} "
