@@ -1,4 +1,4 @@
-"""The operations between the layers, in NumPy: every float32 operation of csrc/cpu/float_ops.hpp and attention.hpp apart.
+"""The operations between the layers, in NumPy: each float32 operation of csrc/cpu/float_ops.hpp and attention.hpp.
 
 Independent of the package. NumPy rounds each float32 operation once and never fuses two, so equality is to the bit.
 """

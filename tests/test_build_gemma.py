@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import bytelane
 from bytelane import QuantLinear
-from bytelane.generation import Sampling, encode, generate, load_tokenizer
+from bytelane.generation import encode, generate, load_tokenizer
 from bytelane.models import open_model
 from bytelane.packing import unpack_rows
+from bytelane.sampling import Sampling
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "build_gemma.py"
 sys.path.insert(0, str(SCRIPT.parent))

@@ -38,7 +38,8 @@ from bytelane.cache import (
     rewind,
 )
 from bytelane.checkpoint import KVScales
-from bytelane.generation import ChatSession, Sampling, encode
+from bytelane.generation import ChatSession, encode
+from bytelane.sampling import Sampling
 from bytelane.scheme import LinearScheme, WeightScheme
 
 GEMMA = Path(__file__).parent / "data" / "gemma4-tiny-mobile"

@@ -17,8 +17,9 @@ import tiny
 from bytelane.checkpoint import KVScales
 from bytelane.cli import main
 from bytelane.cli.run import _Interrupts
-from bytelane.generation import Sampling, encode, generate, load_tokenizer
+from bytelane.generation import encode, generate, load_tokenizer
 from bytelane.models import load_model
+from bytelane.sampling import Sampling
 from bytelane.scheme import LinearScheme, WeightScheme
 
 GEMMA = Path(__file__).parent / "data" / "gemma4-tiny-mobile"

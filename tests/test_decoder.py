@@ -144,7 +144,7 @@ def test_every_width_side_and_group(group_size: int | None, dtype: torch.dtype, 
     assert torch.equal(feed(model, tokens(2, 9), [5, 4]), native)
 
 
-# --- merging -----------------------------------------------------------------------------------------------------------
+# --- merging -----------------------------------------------------------------------------------------------------
 
 
 def layer(out: int, bits: int = 4, seed: int = 0, **given: Any) -> QuantLinear:
@@ -197,7 +197,7 @@ def test_without_an_input_scale_nothing_is_shared() -> None:
     assert len(merge([layer(8, input_scale=None), layer(8, input_scale=None)])) == 2
 
 
-# --- when it runs ------------------------------------------------------------------------------------------------------
+# --- when it runs ------------------------------------------------------------------------------------------------
 
 
 def test_replaced_projections_count(folders: dict[str, Path]) -> None:
@@ -308,7 +308,7 @@ def test_choices_are_checked(folders: dict[str, Path], tmp_path: Path) -> None:
     assert bytelane.load_model(folders["llama"], numerics="emulated").bytelane_float_ops == "torch"
     from transformers import MistralConfig
 
-    config = MistralConfig(**{k: v for k, v in tiny.SIZES.items()}, tie_word_embeddings=False)
+    config = MistralConfig(**tiny.SIZES, tie_word_embeddings=False)
     tiny.write_random(tmp_path / "other", config, {"model.layers.0.mlp.up_proj": LinearScheme(WeightScheme(4))})
     other = bytelane.load_model(tmp_path / "other")
     assert other.bytelane_float_ops == "torch"

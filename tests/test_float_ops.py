@@ -1,4 +1,4 @@
-"""The kernels between the layers: bit for bit the NumPy oracle's, on every instruction set, and near the real formulas."""
+"""The kernels between the layers: the NumPy oracle's bits on every instruction set, near the real formulas."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-# --- norms and rotary embedding ----------------------------------------------------------------------------------------
+# --- norms and rotary embedding ----------------------------------------------------------------------------------
 
 
 @isas
@@ -109,7 +109,7 @@ def test_rotation_is_transformers_own(isa: str) -> None:
         assert torch.equal(float_ops.head_rows(x, 64, None, (cosine, sine), isa=isa), theirs.reshape(x.shape))
 
 
-# --- gates -------------------------------------------------------------------------------------------------------------
+# --- gates -------------------------------------------------------------------------------------------------------
 
 
 @isas
@@ -152,7 +152,7 @@ def test_gates_are_near_the_real_functions(activation: str) -> None:
     assert (far <= 2.0**-24 * np.abs(exact)[~inside] + 100 * np.exp(-86.0)).all()
 
 
-# --- layers that were never quantized ----------------------------------------------------------------------------------
+# --- layers that were never quantized ----------------------------------------------------------------------------
 
 
 @isas
@@ -168,7 +168,7 @@ def test_dense_equals_the_oracle(isa: str, dtype: str, threads) -> None:
             assert_same(float_ops.dense(x, w, bias, isa=isa), expected)
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
+# --- attention ---------------------------------------------------------------------------------------------------
 
 
 def random_stored(seed: int, shape: tuple[int, ...], dtype: str, codes: bool) -> KeyValues:
@@ -273,7 +273,7 @@ def test_codes_are_stored_in_place(isa: str, dtype: str) -> None:
         assert (room[:, :, 3 + tokens :] == 99).all()
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -68,7 +68,7 @@ def append(held: Tensor, new: int, room: Tensor | None, spare: int) -> tuple[Ten
     """
     batch, heads, tokens, dim = held.shape
     if room is not None and held.dtype is room.dtype and held.data_ptr() and held.stride()[:3] == room.stride()[:3]:
-        start, inside = divmod(held.storage_offset(), dim)
+        start, inside = divmod(int(held.storage_offset()), dim)
         here = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() and not inside
         if here and held.shape[:2] == room.shape[:2] and start + tokens + new <= room.shape[2]:
             return room, room[:, :, start : start + tokens + new]
@@ -148,7 +148,9 @@ class _Int8Storage(DynamicLayer):
         """Forget all tokens."""
         # Before transformers 5.23 the base class zeroed its tensors and kept their length: a cache of zeros that
         # attention would look at. Dropping them first is right for those and changes nothing for later ones.
-        self.keys = self.values = self._rooms = None
+        held: Any = self
+        held.keys = held.values = None
+        self._rooms = None
         self.is_initialized = False
         super().reset()
 
@@ -163,10 +165,10 @@ class Int8SlidingWindowLayer(_Int8Storage, DynamicSlidingWindowLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty."""
         super().lazy_initialization(key_states, value_states)
-        self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
+        self._sliding_window_tensor = torch.tensor(self.sliding_window, device=self.device)
 
     def _spare(self, tokens: int) -> int:
-        return min(max(tokens, 64), self.sliding_window)
+        return min(max(tokens, 64), int(self.sliding_window))
 
     def _keep(self, keys: Tensor, values: Tensor) -> None:
         # As the base class does: all tokens while the past is recorded, and `crop` cuts them to the window.
@@ -331,13 +333,14 @@ def _by_layer(model: PreTrainedModel, scales: Mapping[str, KVScales], file: Path
 
 
 @functools.cache
-def _cache_keyword(model_class: type) -> str:
-    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+def _cache_keyword(model_class: Hashable) -> str:
+    forward: Any = getattr(model_class, "forward")  # noqa: B009  (a class, which mypy does not take for hashable)
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
     """What the installed transformers calls the cache: `cache`, or `past_key_values` before 5.24."""
-    return _cache_keyword(type(model))
+    return _cache_keyword(model.__class__)
 
 
 def kv_scales(model: PreTrainedModel) -> dict[int, KVScales]:

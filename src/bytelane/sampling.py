@@ -27,8 +27,22 @@ _FIRST = 4096
 """Tokens sorted at first when `top_p` comes without `top_k`: nearly always enough."""
 
 _HANDLED = frozenset(
-    "do_sample temperature top_k top_p min_p repetition_penalty eos_token_id bos_token_id pad_token_id use_cache "
-    "max_length max_new_tokens transformers_version _from_model_config".split()
+    [
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "max_length",
+        "max_new_tokens",
+        "transformers_version",
+        "_from_model_config",
+    ]
 )
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": "hybrid", "disable_compile": True}
 
@@ -102,7 +116,7 @@ class Chooser:
         """What a request and a model's generation configuration ask for together."""
         asked = sampling.arguments()
 
-        def value(name: str, default: float) -> Any:
+        def value(name: str, default: Any) -> Any:
             found = asked.get(name)
             found = getattr(config, name, None) if found is None else found
             return default if found is None else found

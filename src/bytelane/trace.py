@@ -9,8 +9,8 @@ int8 codes where the layer has a scale on that side and as values where it has n
 
 The integer layers give the same codes for the same input codes, whatever the threads, batch or chunks. What lies
 between them is float: norms, rotary embedding, attention, activation functions, residual sums, and layers without an
-input scale. Both runs compute it the same way, so that the layers' arithmetic is what is compared: by bytelane's kernels
-where the architecture has them (`bytelane.decoder`), by torch where one side is transformers' own quantizer. A
+input scale. Both runs compute it the same way, so that the layers' arithmetic is what is compared: by bytelane's
+kernels where the architecture has them (`bytelane.decoder`), by torch where one side is transformers' own quantizer. A
 difference that starts at a layer's *input* came from the float operations; one that starts at an *output* with equal
 inputs came from the layer's own arithmetic. Between two integer runs of one checkpoint the second never happens, and
 with bytelane's kernels neither does the first.

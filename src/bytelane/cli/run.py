@@ -44,7 +44,7 @@ def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
 
 
 def _sampling(greedy: bool, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Any:
-    from bytelane.generation import Sampling
+    from bytelane.sampling import Sampling
 
     return Sampling(greedy or temperature == 0, temperature, top_k, top_p, None, seed)
 

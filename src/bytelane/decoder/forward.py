@@ -83,7 +83,7 @@ class LayerForward:
     def takes(self, x: Tensor, mask: Tensor | None, angles: Any, arguments: Mapping[str, Any]) -> bool:
         """Whether a call is one for the first two ways."""
         config = self.parts.attention.config
-        return (
+        return bool(
             not torch.compiler.is_compiling()
             and x.is_cpu
             and x.dtype in FLOATS
@@ -102,7 +102,7 @@ class LayerForward:
 def _sdpa(config: Any) -> bool:
     # the property costs ten times the attribute behind it, and this is asked by every layer of every token
     chosen = vars(config).get("_attn_implementation_internal")
-    return (config._attn_implementation if chosen is None else chosen) == "sdpa"
+    return bool((config._attn_implementation if chosen is None else chosen) == "sdpa")
 
 
 def _forward(
@@ -111,7 +111,8 @@ def _forward(
     """The `forward` bound to a decoder layer; arguments and result are transformers'."""
     own: LayerForward = self.bytelane_forward
     parts = own.parts
-    mask, angles = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+    mask: Tensor | None = kwargs.get("attention_mask")
+    angles: Any = kwargs.get("position_embeddings")
     if args or not own.takes(hidden_states, mask, angles, kwargs):
         given = (hidden_states,) if per_layer_input is None and not args else (hidden_states, per_layer_input, *args)
         return type(self).forward(self, *given, **kwargs)  # type: ignore[no-any-return]
@@ -120,7 +121,7 @@ def _forward(
     cosine, sine = (angle.contiguous() for angle in angles)
     cache = kwargs.get("cache")
     cache = kwargs.get("past_key_values") if cache is None else cache
-    shared = kwargs.get("shared_kv_states")
+    shared: Any = kwargs.get("shared_kv_states")
     native = own.native(x.dtype)
 
     def remember(k: Tensor, v: Tensor) -> KeyValues:
@@ -187,8 +188,9 @@ def _store(cache: Any, layer_idx: int, k: Tensor, v: Tensor) -> KeyValues:
     """Put new keys and values `[batch, KV heads, tokens, dim]` into a cache; all that attention may look at."""
     if cache is None:
         return KeyValues(k, v)
-    if isinstance(cache, Int8Cache) and holds_codes(cache.layers[layer_idx]):
-        return cache.layers[layer_idx].write(k, v)
+    layer = cache.layers[layer_idx] if isinstance(cache, Int8Cache) else None
+    if holds_codes(layer):
+        return layer.write(k, v)
     return KeyValues(*cache.update(k, v, layer_idx))
 
 
@@ -298,7 +300,8 @@ def install_decoder(
     if not installed:
         return
     inside = {id(m) for layer in decoder.layers for m in layer.modules()}
-    for module in [*decoder.modules(), model.get_output_embeddings()]:
+    around: list[Any] = [*decoder.modules(), model.get_output_embeddings()]
+    for module in around:
         if id(module) in inside:
             continue
         part = norm_part(module)
@@ -306,7 +309,7 @@ def install_decoder(
             module.bytelane_norm = part
             module.forward = types.MethodType(_norm_forward, module)
         elif type(module) is nn.Linear:
-            module.forward = types.MethodType(_dense_forward, module)
+            setattr(module, "forward", types.MethodType(_dense_forward, module))  # noqa: B010
     state.bytelane_float_ops = "native"
 
 

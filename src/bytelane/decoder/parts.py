@@ -120,12 +120,13 @@ class Parts:
 
 
 def _activation(config: Any, *names: str) -> ActivationName:
-    found = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    found: str | None = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
     if found == "swish":
         return "silu"
-    if found not in ACTIVATIONS:
-        raise NotSupportedError(f"the gate activation is {found}, not one of {', '.join(ACTIVATIONS)}")
-    return found  # type: ignore[no-any-return]
+    match found:
+        case "silu" | "gelu_pytorch_tanh":
+            return found
+    raise NotSupportedError(f"the gate activation is {found}, not one of {', '.join(ACTIVATIONS)}")
 
 
 def _common(layer: Any, activation: ActivationName) -> dict[str, Any]:
