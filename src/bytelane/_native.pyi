@@ -149,7 +149,9 @@ def store_codes(
     /,
 ) -> None: ...
 def attention(*arguments: float) -> None:
-    """`isa, q, dtype`, keys, values (address, scale, batch, head and token stride each), mask (address, batch and query
+    """Attention over stored keys and values.
+
+    `isa, q, dtype`, keys, values (address, scale, batch, head and token stride each), mask (address, batch and query
     stride), `y, scaling, batch, queries, tokens, heads, kv_heads, dim, threads`.
     """
 
@@ -205,6 +207,8 @@ class DecoderLayer:
         self, x: int, cosine: int, sine: int, angles: int, q: int, k: int, v: int, m: int, threads: int, /
     ) -> None: ...
     def after(self, *arguments: int) -> None:
-        """`x, q`, keys, values and mask as for `attention`, `per_layer, per_layer_stride, y, batch, queries, tokens,
+        """From attention to the layer's output.
+
+        `x, q`, keys, values and mask as for `attention`, `per_layer, per_layer_stride, y, batch, queries, tokens,
         threads`.
         """

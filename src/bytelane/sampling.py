@@ -1,7 +1,7 @@
 """The next token from logits: greedy or sampled, without sorting a vocabulary.
 
-transformers' processors work on the whole row of logits one after the other: they sort all of a vocabulary of 262144 for
-`top_p` and draw from a distribution that long, which on two cores takes as long as the model's own layers. Here the
+transformers' processors work on the whole row of logits one after the other: they sort all of a vocabulary of 262144
+for `top_p` and draw from a distribution that long, which on two cores takes as long as the model's own layers. Here the
 likeliest `top_k` are picked first and everything after that happens among them. The distribution is the same:
 
     logits of used tokens divided (positive) or multiplied (negative) by repetition_penalty
@@ -152,7 +152,7 @@ class Chooser:
         return int(tokens[self._draw(weights)])
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates in falling order: logits over temperature, tokens, and the logarithm of the sum of exponentials."""
+        """Candidates in falling order: logits over temperature, tokens, and the logarithm of their normalizer."""
         size = logits.shape[0]
         if self.top_k:
             values, tokens = logits.topk(min(self.top_k, size))

@@ -28,12 +28,12 @@ ACTIVATIONS = MappingProxyType({"gelu_pytorch_tanh": 0, "silu": 1})
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A root-mean-square norm: `T(x * r * w)`, or `T(w * T(x * r))` with `weight_in_t`, `r = 1 / sqrt(mean(x^2) + eps)`.
+    """A norm: `T(x * r * w)`, or `T(w * T(x * r))` with `weight_in_t`; `r = 1 / sqrt(mean(x^2) + eps)`.
 
     Attributes:
         weight: float32 `[width]`, or None for none.
         eps: added to the mean of squares.
-        weight_in_t: normalized values are rounded to T before the weight, a value of T, multiplies them (Llama's order).
+        weight_in_t: normalized values are rounded to T before the weight of T multiplies them (Llama's order).
     """
 
     weight: Tensor | None
