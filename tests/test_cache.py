@@ -10,6 +10,8 @@ already. What is left is the cache, and it must then make no difference at all.
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from bytelane.cache import (
     Int8Layer,
     Int8SlidingWindowLayer,
     cache_bytes,
+    cache_keyword,
     dequantize,
     kv_scales,
     make_cache,
@@ -153,7 +156,12 @@ class OracleCache(DynamicCache):
 
 def forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     with torch.inference_mode():
-        return model(ids, past_key_values=cache, use_cache=True).logits
+        return model(ids, use_cache=True, **{cache_keyword(model): cache}).logits
+
+
+def held_by(model: Any, output: Any) -> Any:
+    """The cache that a model's output or `generate`'s holds."""
+    return getattr(output, cache_keyword(model))
 
 
 def codes(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -408,8 +416,9 @@ def test_beams_equal_a_float_cache_fed_through_the_oracle() -> None:
     options = {**GREEDY, "max_new_tokens": 14, "num_beams": 3, "num_return_sequences": 2}
     ids = tokens(2, 9)
     ours = model.generate(ids, **options)
-    assert isinstance(ours.past_key_values, Int8Cache)
-    assert torch.equal(ours.sequences, model.generate(ids, past_key_values=OracleCache(model), **options).sequences)
+    assert isinstance(held_by(model, ours), Int8Cache)
+    options[cache_keyword(model)] = OracleCache(model)
+    assert torch.equal(ours.sequences, model.generate(ids, **options).sequences)
 
 
 def test_candidates_of_an_assistant_are_taken_back() -> None:
@@ -434,25 +443,31 @@ def test_configurations_without_an_int8_form_are_refused() -> None:
 
 
 def cache_of(model: Any, **options: Any) -> type:
-    return type(model.generate(tokens(1, 4), max_new_tokens=2, **{**GREEDY, **options}).past_key_values)
+    return type(held_by(model, model.generate(tokens(1, 4), max_new_tokens=2, **{**GREEDY, **options})))
 
 
 def test_generate_uses_it_unless_told_otherwise() -> None:
     model = gemma()
     assert model.bytelane_kv_cache == "int8"
     assert cache_of(model) is Int8Cache
-    assert cache_of(model, past_key_values=None) is Int8Cache
-    assert cache_of(model, past_key_values=DynamicCache(config=model.config)) is DynamicCache
+    keyword = cache_keyword(model)
+    assert keyword in inspect.signature(model.forward).parameters
+    for name in {keyword, "past_key_values"}:
+        assert cache_of(model, **{name: None}) is Int8Cache
+    assert cache_of(model, **{keyword: DynamicCache(config=model.config)}) is DynamicCache
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        assert cache_of(model, past_key_values=DynamicCache(config=model.config)) is DynamicCache
     assert cache_of(model, use_cache=False) is type(None)
     assert cache_of(model, cache_implementation="dynamic") is DynamicCache
     config = copy.deepcopy(model.generation_config)
     config.cache_implementation, config.max_new_tokens, config.return_dict_in_generate = "dynamic", 2, True
-    assert type(model.generate(tokens(1, 4), config).past_key_values) is DynamicCache
+    assert type(held_by(model, model.generate(tokens(1, 4), config))) is DynamicCache
     model.generation_config.cache_implementation = "dynamic"
     assert cache_of(model) is DynamicCache
     model.generation_config.cache_implementation = None
     with torch.inference_mode():
-        assert type(model(tokens(1, 4)).past_key_values) is DynamicCache
+        assert type(held_by(model, model(tokens(1, 4)))) is DynamicCache
 
 
 def test_kv_cache_choices(llama_folder: Path, tmp_path: Path) -> None:
@@ -476,7 +491,7 @@ def test_a_copied_model_generates_with_itself() -> None:
     twin = copy.deepcopy(model)
     assert twin.generate.__self__ is twin
     del twin.bytelane_kv_scales[0]
-    layers = twin.generate(tokens(1, 4), max_new_tokens=2, **GREEDY).past_key_values.layers
+    layers = held_by(twin, twin.generate(tokens(1, 4), max_new_tokens=2, **GREEDY)).layers
     assert [type(x) for x in layers[:2]] != [Int8SlidingWindowLayer] * 2
     assert cache_of(model) is Int8Cache
 

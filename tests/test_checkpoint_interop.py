@@ -17,22 +17,35 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bytelane.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from bytelane.numerics import dequantize_weight
 from bytelane.packing import unpack_rows
-from checkpoints import COMPRESSED, GEMMA, hand_made, llama_config, skeleton_of
+from checkpoints import COMPRESSED, GEMMA, HandMade, hand_made, llama_config, skeleton_of
 from test_checkpoint_write import contents
 
 DENSE = pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), 3).shape[1] == 3
 """Whether the installed package packs widths that do not divide 32 densely."""
 
 
-def load_with_transformers(directory: Path) -> PreTrainedModel:
-    """The model as transformers loads it, every tensor of the file taken and none missing."""
+def load_with_transformers(directory: Path, left_out: frozenset[str] = frozenset()) -> PreTrainedModel:
+    """The model as transformers loads it, every tensor of the file taken but those `left_out`, and none missing."""
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     assert not info["missing_keys"], info
-    assert not info["unexpected_keys"], info
+    assert info["unexpected_keys"] == left_out, info
     assert not info["mismatched_keys"], info
     return model
+
+
+def kv_scales_without_a_place(directory: Path, made: HandMade) -> frozenset[str]:
+    """The KV-cache scales of a file that the compressed-tensors package makes no parameter for.
+
+    It knows attention modules by the name of a parameter of their `forward`. transformers 5.24 renamed that parameter,
+    and compressed-tensors 0.20 finds none there: the scales are then left over, as transformers' own report says.
+    """
+    raw = json.loads((directory / "config.json").read_text())["quantization_config"]
+    model = AutoModelForCausalLM.from_config(made.model)
+    apply_quantization_config(model, QuantizationConfig.model_validate(raw))
+    scales = {name for name in load_file(directory / "model.safetensors") if name.endswith((".k_scale", ".v_scale"))}
+    return frozenset(scales - dict(model.named_parameters()).keys())
 
 
 def dense(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -61,7 +74,10 @@ def test_transformers_and_compressed_tensors_load_what_we_write(options: dict[st
     source = open_checkpoint(made.write(tmp_path / "a"), skeleton_of(made.model))
     write_checkpoint(tmp_path / "b", storage=COMPRESSED, **contents(source))
     written = load_file(tmp_path / "b" / "model.safetensors")
-    model = load_with_transformers(tmp_path / "b")
+    left_out = kv_scales_without_a_place(tmp_path / "b", made)
+    model = load_with_transformers(tmp_path / "b", left_out)
+    for name in {n for n in written if n.endswith((".k_scale", ".v_scale"))} - left_out:
+        assert torch.equal(model.get_parameter(name), written[name]), name
     ModelCompressor(quantization_config=model.config.quantization_config.quantization_config).decompress_model(model)
     for name, module in source.modules.items():
         loaded = model.get_submodule(name)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,15 @@ def test_group_scales_cannot_become_gemma(capsys: pytest.CaptureFixture[str], tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """As at a terminal. A shell starts what it runs in the background, tests too, with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c_stops_an_answer_and_not_the_chat(quantized: Path) -> None:
     calls = iter(range(1000))
     model, tokenizer = load_model(quantized), load_tokenizer(quantized)

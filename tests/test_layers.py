@@ -160,12 +160,43 @@ def test_refusals(change: dict[str, object], error: type[bytelane.CheckpointErro
     assert isinstance(raised.value, bytelane.CheckpointError)
 
 
+@pytest.mark.parametrize("end", [1, -1])
+@pytest.mark.parametrize(("bits", "limit"), [(2, 2**31 - 1), (3, 2**31 - 1), (4, 2**27 - 1), (8, 2**31 - 1)])
+def test_a_bias_may_fill_the_accumulator_and_no_more(bits: int, limit: int, end: int) -> None:
+    """28 bits at 4-bit weights, as on the vendor's Arm kernels; up to there the sum is exact on every kernel here."""
+    lowest = -(2 ** (bits - 1))
+    codes = torch.full((9, 64), lowest, dtype=torch.int8)
+    # The largest product of all; float32 holds the bias code only in steps of its last place.
+    room = limit - 64 * 128 * -lowest
+    fits = np.float32(room)
+    fits = np.nextafter(fits, np.float32(0)) if int(fits) > room else fits
+    beyond = np.nextafter(fits, np.float32(np.inf))
+
+    def layer(bias: np.float32) -> QuantLinear:
+        bias_units = torch.full((9,), float(bias) * end)
+        arguments = {"num_bits": bits, "input_scale": 1.0, "output_scale": float(2 ** (limit.bit_length() - 7))}
+        return QuantLinear.from_codes(codes, torch.ones(9), bias=bias_units, **arguments)
+
+    with pytest.raises(errors.AccumulatorError, match=f"overflow the accumulator, {limit}"):
+        layer(beyond)
+    x = torch.cat([torch.full((1, 64), -128.0), torch.full((1, 64), 127.0), torch.zeros(1, 64)])
+    y = layer(fits)(x)
+    s_out = np.float32(2 ** (limit.bit_length() - 7))
+    ones = np.ones((9, 1), np.float32)
+    expected = oracle.linear(x.numpy(), codes.numpy(), ones, np.float32(1), s_out, np.full(9, fits * end, np.float32))
+    assert (torch.sign(y) == end).all()
+    np.testing.assert_array_equal(y.numpy(), expected)
+
+
 def test_too_many_inputs_are_refused() -> None:
     scale = torch.full((1,), 0.1)
     with pytest.raises(errors.AccumulatorError):
         QuantLinear.from_codes(torch.zeros(1, 131073, dtype=torch.int8), scale, num_bits=8)
     with pytest.raises(errors.AccumulatorError):
         QuantLinear.from_codes(torch.full((1, 131072), -128, dtype=torch.int8), scale, num_bits=8)
+    with pytest.raises(errors.AccumulatorError):
+        QuantLinear.from_codes(torch.full((1, 131072), -8, dtype=torch.int8), scale, num_bits=4)
+    QuantLinear.from_codes(torch.full((1, 131072), -2, dtype=torch.int8), scale, num_bits=2)
     longest = torch.full((1, 131072), -128, dtype=torch.int8)
     longest[0, 0] = -127
     layer = QuantLinear.from_codes(longest, scale, num_bits=8, input_scale=1.0)

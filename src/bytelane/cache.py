@@ -193,8 +193,9 @@ def _quantize_into(states: Tensor, scale: Tensor, codes: Tensor) -> None:
 class Int8Cache(DynamicCache):
     """A cache for one model that stores int8 codes wherever the checkpoint has scales for it.
 
-    Use it as any transformers cache: `model.generate(ids, past_key_values=Int8Cache(model.config, scales))`. Layers
-    without scales are float, as `DynamicCache` makes them. Iterating over it gives codes, not floats.
+    Use it as any transformers cache: `model.generate(ids, cache=Int8Cache(model.config, scales))`, or
+    `past_key_values=` before transformers 5.24 (`cache_keyword` knows which). Layers without scales are float, as
+    `DynamicCache` makes them. Iterating over it gives codes, not floats.
     """
 
     def __init__(self, config: PretrainedConfig, scales: Mapping[int, KVScales]) -> None:
@@ -311,9 +312,9 @@ def install_kv_cache(
     if int8:
         make_cache(model)  # refuses here, not in the middle of the first generation, what has no int8 form
         # transformers has no registry for caches: `cache_implementation` takes names from a closed list, and the hook
-        # that makes the cache is private. The documented way is to pass `past_key_values`, so the model's own
-        # `generate` does that when the caller does not. On the instance, and as a bound method: the class is shared
-        # with other models, and a deep copy binds its own `generate` to itself.
+        # that makes the cache is private. The documented way is to pass a cache, so the model's own `generate` does
+        # that when the caller does not. On the instance, and as a bound method: the class is shared with other models,
+        # and a deep copy binds its own `generate` to itself.
         state.generate = types.MethodType(_generate_with_int8_cache, model)
 
 
@@ -339,7 +340,10 @@ def _cache_keyword(model_class: Hashable) -> str:
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """What the installed transformers calls the cache: `cache`, or `past_key_values` before 5.24."""
+    """What the installed transformers calls the cache, in arguments and in outputs.
+
+    `cache`, or `past_key_values` before 5.24.
+    """
     return _cache_keyword(model.__class__)
 
 
@@ -373,6 +377,7 @@ def _generate_with_int8_cache(
     given = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
     if not given and setting("use_cache") is not False and not asked:
         cache = make_cache(self)
+        kwargs.pop("past_key_values", None)  # None, and beside the other name transformers warns of it all the same
         if setting("is_assistant"):
             # As `generate` does with a cache of its own making: the candidates' tokens will be taken back.
             cache.activate_past_recording()

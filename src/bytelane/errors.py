@@ -133,7 +133,7 @@ class CodeRangeError(CheckpointError):
 
 
 class AccumulatorError(CheckpointError):
-    """The int32 accumulator could overflow: too many input features, or too large a bias."""
+    """The accumulator could overflow: too many input features, or too large a bias."""
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

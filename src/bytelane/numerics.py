@@ -13,7 +13,8 @@ multiply-add), `rne` rounds half to even, and the accumulator is exact:
 - `s_out` is one scale, or one per output channel: layers that read one tensor run as one, each with its own scale,
   and every output is the same bits as apart.
 - With a bias and an output scale the bias is an int32 in units of the accumulator:
-  `b[n] = rne(bias[n] / f32(s_in * s_w[n]))` joins `acc` before the requantization.
+  `b[n] = rne(bias[n] / f32(s_in * s_w[n]))` joins `acc` before the requantization. `acc + b` never leaves the vendor's
+  accumulator, which has 28 bits at 4-bit weights and 32 at others: see `scheme.accumulator_limit`.
 - Group scales: each group g has its own exact `acc` and its own `r[n,g]`. The products `f32(acc_g) * r[n,g]` are
   added in float32 in ascending g, and the sum takes the place of `f32(acc) * r[n]`. The order is part of the
   definition, so the result depends on no tile, thread or batch size. A bias joins that sum last, as
@@ -31,6 +32,8 @@ It drifts from the integers (in bfloat16, an eighth of the input codes differ); 
 runtimes. A scale of exactly 0 means "not calibrated": that side is not quantized.
 
 The formulas were found by probing LiteRT 2.3.0 with its XNNPACK delegate; `tests/test_litert.py` repeats the probe.
+Its kernels for SSE, AVX2, AVX512-VNNI and Arm (with and without dot products) all compute them; only a NaN input, which
+is 127 here and on x86-64, is 0 on Arm.
 """
 
 from __future__ import annotations
@@ -85,7 +88,8 @@ def accumulate(q: Tensor, codes: Tensor, group_size: int = 0) -> Tensor:
 def bias_codes(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """The int32 bias of a layer with one scale per channel: `rne(bias / f32(s_in * s_w))`, int32 `[out]`.
 
-    A bias that could take the accumulator out of int32 has no value here; layers refuse it when they are built.
+    A bias that could take `acc + b` out of the accumulator has no value here: the vendor's kernels answer it each in
+    their own way. Layers refuse it when they are built.
     """
     unit = input_scale.to(torch.float32).reshape(()) * weight_scale.to(torch.float32)[:, 0]
     return torch.round(bias.to(torch.float32) / unit).to(torch.int32)

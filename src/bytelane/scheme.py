@@ -17,6 +17,16 @@ MAX_IN_FEATURES = 131072
 """The longest dot product bytelane accepts: 2^17 products of two int8 codes, each at most 2^14, reach 2^31."""
 
 
+def accumulator_limit(num_bits: int) -> int:
+    """The largest accumulator, bias included, of a layer of N-bit weights: `2^27 - 1` at 4 bits, else `2^31 - 1`.
+
+    The vendor's 4-bit kernels for Arm and for AVX512-VNNI wrap at 28 bits (as an int32 does that counts sixteenths, the
+    codes taken in the high half of a byte), where its other x86 kernels wrap at 32. No layer may reach the sums that
+    they answer differently, so one result is right everywhere.
+    """
+    return (1 << 27) - 1 if num_bits == 4 else (1 << 31) - 1
+
+
 class Storage(enum.Enum):
     """How codes lie in a checkpoint: see FORMAT.md."""
 

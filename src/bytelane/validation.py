@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from bytelane.errors import AccumulatorError, GroupSizeError, ScaleError, TensorDtypeError, TensorShapeError
-from bytelane.scheme import MAX_IN_FEATURES, WeightScheme, check_in_features
-
-INT32_MAX = 2**31 - 1
+from bytelane.scheme import WeightScheme, accumulator_limit, check_in_features
 
 
 def check_scale(scale: Tensor, name: str) -> None:
@@ -76,10 +74,10 @@ def check_integer_form(
     output_scale: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """Refuse a layer whose integer form leaves float32 or int32 behind.
+    """Refuse a layer whose integer form leaves float32 or the accumulator behind.
 
     The requantization multiplier `f32(f32(s_in * s_w) / s_out)` must be finite, and `|acc| + |bias code|` must stay
-    within int32 for every input.
+    within the accumulator (28 bits at 4-bit weights, else 32) for every input.
     """
     check_in_features(in_features)
     if input_scale is None:
@@ -91,18 +89,29 @@ def check_integer_form(
     if bias is None or output_scale is None or weight.group_size is not None:
         return
     codes = torch.round(bias.to(torch.float32) / unit[:, 0]).to(torch.float64).abs()
-    largest = 128 * (1 << (weight.num_bits - 1)) * in_features
-    if not bool((codes + largest <= INT32_MAX).all()):
+    limit = accumulator_limit(weight.num_bits)
+    if not bool((codes + _largest_sum(weight.num_bits, in_features) <= limit).all()):
         raise AccumulatorError(
-            f"a bias of up to {float(codes.max()):.0f} accumulator units can overflow int32 "
-            f"beside {in_features} inputs (a zero weight scale makes it infinite)",
+            f"a bias of up to {float(codes.max()):.0f} accumulator units can overflow the accumulator, {limit}, "
+            f"beside {in_features} inputs of {weight.num_bits} bits (a zero weight scale makes it infinite)",
             tensor="bias",
         )
 
 
+def _largest_sum(num_bits: int, in_features: int) -> int:
+    """The largest dot product of int8 inputs with N-bit weights: all of both at their lowest code."""
+    return 128 * (1 << (num_bits - 1)) * in_features
+
+
 def check_full_length_rows(rows: Tensor, num_bits: int, in_features: int) -> None:
-    """Refuse the one weight that overflows at the longest length: 2^17 products of -128 and -128 are 2^31."""
-    if num_bits == 8 and in_features == MAX_IN_FEATURES and bool((rows == 0).all(dim=1).any()):
+    """Refuse the one weight that overflows at the longest length, 2^17 lowest codes.
+
+    Its products with inputs of -128 add up to 2^31 at 8 bits and to 2^27 at 4: one beyond the accumulator.
+    """
+    largest, limit = _largest_sum(num_bits, in_features), accumulator_limit(num_bits)
+    if largest > limit and bool((rows == 0).all(dim=1).any()):
         raise AccumulatorError(
-            f"a channel of {MAX_IN_FEATURES} codes of -128 can reach 2^31, one beyond int32", tensor="weight"
+            f"a channel of {in_features} codes of {-(1 << (num_bits - 1))} can reach {largest}, "
+            f"and the accumulator of {num_bits}-bit weights ends at {limit}",
+            tensor="weight",
         )

@@ -174,7 +174,7 @@ class Checkpoint:
 
         Raises:
             CodeRangeError: int8 codes that do not fit N bits.
-            AccumulatorError: a bias that could overflow int32.
+            AccumulatorError: a bias that could overflow the accumulator.
             KeyError: no such quantized module.
         """
         entry = self._entries[name]
