@@ -186,7 +186,12 @@ class _Tape:
             handle.remove()
 
 
-def _load(way: Way, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_way(way: Way, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a way, in eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint is refused.
+    """
     if way.runtime != "transformers":
         return load_model(way.model, numerics=way.runtime, dtype=dtype)
     folder = resolve_checkpoint(way.model)
@@ -206,7 +211,7 @@ def run(way: Way, ids: Tensor, *, dtype: torch.dtype | None = None) -> tuple[dic
     Raises:
         CheckpointError: the checkpoint is refused.
     """
-    model = _load(way, dtype)
+    model = load_way(way, dtype)
     tape = _Tape(model)
     threads = torch.get_num_threads()
     batch = ids[None].expand(way.batch, -1)

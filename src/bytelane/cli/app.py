@@ -11,6 +11,7 @@ import sys
 
 import typer
 
+from bytelane.cli import compare as compare_command
 from bytelane.cli import inspect, make, run
 from bytelane.cli import trace as trace_command
 
@@ -38,6 +39,7 @@ app.command("eval")(run.evaluate)
 app.command("quantize")(make.quantize)
 app.command("convert")(make.convert)
 app.command("trace")(trace_command.trace)
+app.command("compare")(compare_command.compare)
 
 
 @app.callback(invoke_without_command=True)
