@@ -139,7 +139,7 @@ def test_equal_models_are_equal(folders: tuple[Path, Path]) -> None:
         assert layer.alone is layer.input.sqnr is layer.output.sqnr is None
         assert layer.input.differing == layer.output.differing == 0
         assert layer.input.largest_code == 0
-    assert json.loads(json.dumps(comparison_json(Subject("a", "integer"), Subject("b", "integer"), result, window=20)))
+    assert json.loads(json.dumps(comparison_json(Subject("a", "integer"), Subject("b", "integer"), result)))
 
 
 def test_integer_and_emulated_part_where_trace_says() -> None:

@@ -13,6 +13,7 @@ import typer
 
 from bytelane.cli import compare as compare_command
 from bytelane.cli import inspect, make, run
+from bytelane.cli import report as report_command
 from bytelane.cli import trace as trace_command
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command("quantize")(make.quantize)
 app.command("convert")(make.convert)
 app.command("trace")(trace_command.trace)
 app.command("compare")(compare_command.compare)
+app.command("report")(report_command.report)
 
 
 @app.callback(invoke_without_command=True)

@@ -68,7 +68,7 @@ def compare(
             with_sensitivity=sensitivity,
             progress=report,
         )
-    document = comparison_json(*subjects, result, window=window)
+    document = comparison_json(*subjects, result)
     if output is not None:
         write_json(output, document)
         remarks().print(f"wrote {output}", style="dim", highlight=False)

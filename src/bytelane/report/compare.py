@@ -76,6 +76,7 @@ class CompareResult:
         only_a: linear layers that B lacks.
         only_b: likewise.
         tokens: predicted tokens.
+        window: tokens in a window, the longest where they differ.
         seconds: wall time.
     """
 
@@ -90,6 +91,7 @@ class CompareResult:
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     tokens: int
+    window: int
     seconds: float
 
 
@@ -263,6 +265,7 @@ def compare_models(
         only_a=tuple(name for name in layers_a if name not in layers_b),
         only_b=tuple(name for name in layers_b if name not in layers_a),
         tokens=tokens,
+        window=max(counts) + 1,
         seconds=seconds,
     )
 

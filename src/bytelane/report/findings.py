@@ -49,13 +49,12 @@ def findings(result: CompareResult) -> list[str]:
     return found
 
 
-def comparison_json(first: Subject, second: Subject, result: CompareResult, *, window: int) -> dict[str, Any]:
+def comparison_json(first: Subject, second: Subject, result: CompareResult) -> dict[str, Any]:
     """A comparison as JSON values, which `bytelane report` reads; infinity and NaN, which JSON has not, become null."""
     return {
         "format": FORMAT,
         "a": {**asdict(first), "label": first.label},
         "b": {**asdict(second), "label": second.label},
-        "window": window,
         "findings": findings(result),
         **_finite(asdict(result)),
     }
