@@ -6,6 +6,9 @@ the recording of `test_golden_linear.py`: the delegate is asked anew, and the bi
     o = clamp(rne(f32(acc + b) * r), -128, 127)        b int32, the sum an int32 that wraps
 
 The scale that the bias tensor declares is not read: b counts in units of f32(s_in * s_w[n]) whatever it says.
+
+At 4 bits some processors' kernels (AVX512-VNNI among them) hold sums in sixteenths, so that `acc + b` wraps at 28 bits
+there and at 32 elsewhere. Accumulators alone never reach that far; the tests give 4-bit layers smaller biases.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ pytest.importorskip("ai_edge_litert", reason="live parity needs ai-edge-litert (
 if platform.machine() not in ("x86_64", "AMD64"):
     pytest.skip("the closed forms were probed on x86-64", allow_module_level=True)
 
-from litert_graph import Graph, NotDelegatedError
+from bytelane.report.litert import Graph, NotDelegatedError
 
 F32 = np.float32
 WIDTHS = (2, 4, 8)
@@ -169,7 +172,7 @@ def test_bias_next_to_half_steps(bits, powers_of_two):
     rng = np.random.default_rng([bits, 4, powers_of_two])
     n, k = 4000, 32
     misses = dict.fromkeys(["bias rounded alone", "two products", "float bias", "double"], 0)
-    for log2 in (22, 26, 29):
+    for log2 in (22, 24, 26) if bits == 4 else (22, 26, 29):
         codes = random_codes(rng, (n, k), bits)
         q = np.repeat(rng.integers(-128, 128, (1, k)).astype(np.int8), 2, axis=0)
         s_in = F32(2.0**-4)
@@ -198,7 +201,7 @@ def test_bias_next_to_half_steps(bits, powers_of_two):
     assert min(misses.values()) > 0, misses
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [2, 8])
 def test_bias_sum_wraps_at_32_bits(bits):
     rng = np.random.default_rng([bits, 5])
     codes, q = random_codes(rng, (64, 4096), bits), random_codes(rng, (8, 4096), 8)
