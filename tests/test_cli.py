@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def call_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dic
 def test_help_describes_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for command in ("inspect", "explain", "run", "chat", "eval", "trace", "quantize", "convert"):
+    for command in ("inspect", "explain", "run", "chat", "eval", "trace", "compare", "quantize", "convert"):
         assert command in out
         code, page, _ = call(capsys, command, "--help")
         assert code == 0
@@ -160,6 +161,10 @@ def test_eval_puts_models_side_by_side(capsys: pytest.CaptureFixture[str], quant
     assert integer["tokens"] == emulated["tokens"] == 4 * 63
     assert emulated["ratio"] == 1
     assert integer["ratio"] == pytest.approx(1, abs=0.2)
+    gaps = [a - b for a, b in zip(integer["window_nll"], emulated["window_nll"], strict=True)]
+    assert integer["nll_increase"] == pytest.approx(statistics.mean(gaps))
+    assert integer["standard_error"] == pytest.approx(statistics.stdev(gaps) / 2)
+    assert (emulated["nll_increase"], emulated["standard_error"]) == (0, 0)
 
 
 def test_trace_shows_where_the_numbers_part(capsys: pytest.CaptureFixture[str], quantized: Path) -> None:

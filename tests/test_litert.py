@@ -36,7 +36,7 @@ pytest.importorskip("ai_edge_litert", reason="live parity needs ai-edge-litert (
 if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
     pytest.skip("the closed forms were probed on x86-64 and 64-bit Arm", allow_module_level=True)
 
-from litert_graph import Graph, NotDelegatedError
+from bytelane.report.litert import Graph, NotDelegatedError
 
 ARM = platform.machine() in ("aarch64", "arm64")
 CPUINFO = pathlib.Path("/proc/cpuinfo")

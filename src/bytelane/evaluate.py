@@ -62,9 +62,14 @@ class PerplexityComparison:
     standard_error: float
 
 
+def positions_at_once(vocabulary: int) -> int:
+    """Positions whose float32 logits are held at a time beside the model's own."""
+    return max(1, _LOGITS_BYTES // (4 * vocabulary))
+
+
 def _loss(logits: Tensor, labels: Tensor) -> float:
     """Summed negative log-likelihood: logits `[n, vocabulary]`, labels int64 `[n]`; chunked over positions."""
-    step = max(1, _LOGITS_BYTES // (4 * logits.shape[-1]))
+    step = positions_at_once(logits.shape[-1])
     total = 0.0
     for start in range(0, labels.shape[0], step):
         part = logits[start : start + step].to(torch.float32)
@@ -102,8 +107,17 @@ def perplexity(
                 progress(done, len(windows))
     finally:
         model.train(training)
-    seconds = time.perf_counter() - started
-    counts = [window.numel() - 1 for window in windows]
+    return result_of(sums, [window.numel() - 1 for window in windows], time.perf_counter() - started)
+
+
+def result_of(sums: Sequence[float], counts: Sequence[int], seconds: float) -> PerplexityResult:
+    """The result of windows whose summed losses (nats) and numbers of predicted tokens are known.
+
+    Args:
+        sums: of each window.
+        counts: of each window, at least 1.
+        seconds: wall time of all of them.
+    """
     tokens = sum(counts)
     nll = math.fsum(sums) / tokens
     return PerplexityResult(

@@ -190,7 +190,12 @@ class _Tape:
             handle.remove()
 
 
-def _load(way: Way, dtype: torch.dtype | None, native: bool) -> PreTrainedModel:
+def load_way(way: Way, dtype: torch.dtype | None, *, native: bool = True) -> PreTrainedModel:
+    """The model of a way, in eval mode; with `native`, what lies between the layers is bytelane's where it can be.
+
+    Raises:
+        CheckpointError: the checkpoint is refused.
+    """
     if way.runtime != "transformers":
         model = load_model(way.model, numerics=way.runtime, dtype=dtype, float_ops="torch")
         if native:
@@ -215,7 +220,7 @@ def run(
     Raises:
         CheckpointError: the checkpoint is refused.
     """
-    model = _load(way, dtype, native)
+    model = load_way(way, dtype, native=native)
     tape = _Tape(model)
     threads = torch.get_num_threads()
     batch = ids[None].expand(way.batch, -1)

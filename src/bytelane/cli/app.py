@@ -1,6 +1,7 @@
 """The command's root: what every subcommand shares, and how errors end a run.
 
 Exit codes: 0 done; 1 the machine failed (disk full, out of memory); 2 the input was refused or the command misused;
+3 `verify` found a difference;
 130 interrupted.
 """
 
@@ -11,8 +12,11 @@ import sys
 
 import typer
 
+from bytelane.cli import compare as compare_command
 from bytelane.cli import inspect, make, run
+from bytelane.cli import report as report_command
 from bytelane.cli import trace as trace_command
+from bytelane.cli import verify as verify_command
 
 app = typer.Typer(
     name="bytelane",
@@ -38,6 +42,9 @@ app.command("eval")(run.evaluate)
 app.command("quantize")(make.quantize)
 app.command("convert")(make.convert)
 app.command("trace")(trace_command.trace)
+app.command("compare")(compare_command.compare)
+app.command("report")(report_command.report)
+app.command("verify")(verify_command.verify)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,14 +16,6 @@ from bytelane.cli.output import (
     size,
     table,
 )
-from bytelane.scheme import LinearScheme
-
-if TYPE_CHECKING:
-    from bytelane.checkpoint import Checkpoint, QuantizedModule
-    from bytelane.overrides import ScaleOverride
-
-PLE_PROJECTION = "per_layer_model_projection"
-"""Gemma 4's linear that the phone quantizes and no checkpoint has scales for."""
 
 
 def inspect(
@@ -44,41 +34,14 @@ def inspect(
     """
     from bytelane.cli.common import quiet
     from bytelane.models import open_model
-    from bytelane.overrides import Overrides, ScaleOverride, missing_sides
+    from bytelane.overrides import Overrides
+    from bytelane.report.describe import describe_checkpoint
 
     quiet()
     given = Overrides(overrides)
     checkpoint, _ = open_model(model, trust_remote_code=trust_remote_code)
     with checkpoint:
-        resolved = given.resolve(checkpoint)
-        layers = [
-            _describe(checkpoint, module, resolved.get(module.name, ScaleOverride()))
-            for module in checkpoint.modules.values()
-        ]
-        rounded = {name: override for name, override in resolved.items() if override.num_bits is not None}
-        unquantized = [name for name in checkpoint.ignored if name not in rounded]
-        plain = sum(checkpoint.plain_bytes(name) for name in checkpoint.plain)
-        summary = {
-            "model": str(checkpoint.directory),
-            "architecture": (checkpoint.config.get("architectures") or [None])[0],
-            "storage": checkpoint.storage_name,
-            "layers": layers,
-            "rounded_at_load": [_describe_rounded(checkpoint, name, o) for name, o in rounded.items()],
-            "overridden": sorted(resolved),
-            "unquantized": unquantized,
-            "no_scales": missing_sides(checkpoint, resolved),
-            "notes": _notes(unquantized),
-            "tied": dict(checkpoint.tied),
-            "kv_cache_scales": {name: {"k": s.k, "v": s.v} for name, s in checkpoint.kv_scales.items()},
-            "totals": {
-                "quantized_modules": len(layers),
-                "quantized_weights": sum(r["shape"][0] * r["shape"][1] for r in layers),
-                "quantized_bytes": sum(r["bytes"] for r in layers),
-                "plain_tensors": len(checkpoint.plain),
-                "plain_bytes": plain,
-                "by_scheme": dict(Counter(r["scheme"] for r in layers)),
-            },
-        }
+        summary = describe_checkpoint(checkpoint, given.resolve(checkpoint))
     if json_output:
         emit(summary)
         return
@@ -87,55 +50,6 @@ def inspect(
 
 def _scale(value: float | None) -> str:
     return "float" if value is None else f"{value:.4g}"
-
-
-def _notes(unquantized: list[str]) -> list[str]:
-    """What a user may want to do about this checkpoint, one sentence or two each."""
-    example = {f"{PLE_PROJECTION}$": {"input_scale": 0.038878, "output_scale": 0.002353, "num_bits": 8}}
-    return [
-        f"{name} is in float: the phone quantizes it to 8 bits, but the checkpoint carries no scales for it. To do as "
-        f"the phone does, give them with --overrides FILE. For E2B the file is {json.dumps(example)}"
-        for name in unquantized
-        if name.rpartition(".")[2] == PLE_PROJECTION
-    ]
-
-
-def _describe_rounded(checkpoint: Checkpoint, name: str, override: ScaleOverride) -> dict[str, Any]:
-    """A float layer that an override rounds when the model is loaded; its weight scales are found then."""
-    scheme = override.scheme()
-    return {
-        "name": name,
-        "shape": list(checkpoint.plain[f"{name}.weight"].shape),
-        "scheme": scheme.label,
-        "bits": override.num_bits,
-        "input_scale": None if override.input_scale is None else float(override.input_scale),
-        "output_scale": None if override.output_scale is None else float(override.output_scale),
-        "bytes": checkpoint.plain_bytes(f"{name}.weight"),
-    }
-
-
-def _describe(checkpoint: Checkpoint, module: QuantizedModule, override: ScaleOverride) -> dict[str, Any]:
-    scales = checkpoint.read_scales(module.name)
-    scheme = module.scheme
-    input_scale, output_scale = override.sides(scales.input_scale, scales.output_scale)
-    if isinstance(scheme, LinearScheme):
-        scheme = LinearScheme(scheme.weight, input_scale is not None, output_scale is not None)
-    low, high = scales.weight_scale.float().aminmax()
-    return {
-        "name": module.name,
-        "kind": module.kind.value,
-        "shape": list(module.shape),
-        "scheme": scheme.label,
-        "bits": module.scheme.weight.num_bits,
-        "granularity": module.scheme.weight.granularity,
-        "storage": module.storage.value,
-        "input_scale": None if input_scale is None else float(input_scale),
-        "output_scale": None if output_scale is None else float(output_scale),
-        "weight_scale_dtype": str(scales.weight_scale.dtype).removeprefix("torch."),
-        "weight_scale_range": [float(low), float(high)],
-        "bias": module.bias,
-        "bytes": module.weight_bytes + scales.weight_scale.nbytes,
-    }
 
 
 def _print(summary: dict[str, Any]) -> None:
@@ -193,39 +107,14 @@ def explain(
     rows. `BYTELANE_CPU_ISA=portable` (or avx2) limits it; the results are the same bits.
     """
     from bytelane.cli.common import parse_dtype, quiet
-    from bytelane.dispatch import Problem, machine
-    from bytelane.dispatch import explain as explain_problem
+    from bytelane.dispatch import machine
     from bytelane.models import open_model
-    from bytelane.scheme import Kind, LinearScheme
+    from bytelane.report.describe import describe_kernels
 
     quiet()
     checkpoint, skeleton = open_model(model, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
     checkpoint.close()
-    groups: dict[tuple[Problem, str], list[str]] = {}
-    for m in rows or [1, 512]:
-        for module in checkpoint.modules.values():
-            scheme = module.scheme
-            op = "embedding"
-            if module.kind is Kind.LINEAR and isinstance(scheme, LinearScheme):
-                op = "linear" if scheme.quantize_input else "linear_weight_only"
-            grouped = scheme.weight.group_size or 0 if op == "linear" else 0
-            problem = Problem(op, device, skeleton.dtype, scheme.weight.num_bits, grouped, m)
-            groups.setdefault((problem, scheme.label), []).append(module.name)
-    result: list[dict[str, Any]] = []
-    for (problem, label), names in groups.items():
-        choice = explain_problem(problem)
-        result.append(
-            {
-                "op": problem.op,
-                "scheme": label,
-                "rows": problem.rows,
-                "kernel": choice.kernel.name,
-                "about": choice.kernel.about,
-                "refused": [{"kernel": k.name, "reason": reason} for k, reason in choice.refused],
-                "unused": [k.name for k in choice.unused],
-                "layers": names,
-            }
-        )
+    result = describe_kernels(checkpoint.modules.values(), skeleton.dtype, device, rows or [1, 512])
     if json_output:
         emit({"machine": list(machine().isas), "device": device, "dtype": str(skeleton.dtype), "choices": result})
         return

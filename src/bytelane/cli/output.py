@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,26 @@ def emit(value: Any) -> None:
 def emit_line(value: Any) -> None:
     """Print a result as one line of JSON."""
     print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a result as JSON: all of it, or the file stays as it was."""
+    write_text(file, json.dumps(value, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file: all of it, or the file stays as it was."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file: all of it, or it stays as it was."""
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from dataclasses import asdict
@@ -232,19 +233,21 @@ def evaluate(
 ) -> None:
     """Perplexity on text, with the reference and the integer model side by side.
 
-    Every model reads the same windows. Lower is better; the ratio to the reference is what quantization costs.
+    Every model reads the same windows. Lower is better; the ratio to the last row, which is the reference where there
+    is one, is what quantization costs. The loss in nats a token comes with its standard error, paired window by window.
 
     Example: `bytelane eval ./my-model-w8a8o8 wiki.txt --reference ./my-model`
     """
     import torch
 
     from bytelane.cli.common import check_split, load, parse_dtype, source_folder
-    from bytelane.evaluate import perplexity
+    from bytelane.evaluate import PerplexityResult, compare_results, perplexity
     from bytelane.quantize.pipeline import load_float_model
     from bytelane.quantize.text import read_files, windows
 
     runs = ["integer", *(["emulated"] if emulated else [])]
     results: list[dict[str, Any]] = []
+    scores: list[PerplexityResult] = []
     made = None
     for numerics in runs:
         loaded, tokenizer, directory = load(
@@ -262,6 +265,7 @@ def evaluate(
         with progress(f"{numerics} perplexity") as report:
             found = perplexity(loaded, made, progress=report)
         results.append({"model": str(directory), "numerics": numerics, **asdict(found)})
+        scores.append(found)
         del loaded
     assert made is not None
     if reference is not None:
@@ -271,18 +275,34 @@ def evaluate(
         with progress("reference perplexity") as report:
             found = perplexity(float_model, made, progress=report)
         results.append({"model": reference, "numerics": str(float_model.dtype).removeprefix("torch."), **asdict(found)})
+        scores.append(found)
     base = results[-1]["perplexity"]
-    for r in results:
+    for r, score in zip(results, scores, strict=True):
         r["ratio"] = r["perplexity"] / base
+        paired = compare_results(scores[-1], score)
+        single = math.isnan(paired.standard_error)
+        r["nll_increase"], r["standard_error"] = paired.nll_increase, None if single else paired.standard_error
     if json_output:
         emit({"window": window, "results": results})
         return
     table(
         f"perplexity, {window}-token windows, {results[0]['tokens']} predicted tokens",
-        ("model", "numerics", "perplexity", "ratio", "tokens/s"),
+        ("model", "numerics", "perplexity", "ratio", "nats more a token", "tokens/s"),
         [
-            (r["model"], r["numerics"], f"{r['perplexity']:.3f}", f"{r['ratio']:.3f}", f"{r['tokens_per_second']:.0f}")
+            (
+                r["model"],
+                r["numerics"],
+                f"{r['perplexity']:.3f}",
+                f"{r['ratio']:.3f}",
+                _increase(r) if r is not results[-1] else "-",
+                f"{r['tokens_per_second']:.0f}",
+            )
             for r in results
         ],
-        right=("perplexity", "ratio", "tokens/s"),
+        right=("perplexity", "ratio", "nats more a token", "tokens/s"),
     )
+
+
+def _increase(row: dict[str, Any]) -> str:
+    error = row["standard_error"]
+    return f"{row['nll_increase']:+.4f}" + ("" if error is None else f" +- {error:.4f}")

@@ -8,15 +8,21 @@ sparse). The optional bias is an int32 per channel in units of f32(s_in * s_w[n]
 
 The numbers of interest are those of the XNNPACK delegate, which the interpreter applies by default on x86-64. It leaves
 some graphs to the runtime's reference operators, silently and with other arithmetic (Q31 fixed point), so `Graph`
-raises when the delegate did not take all three operators. Importing this module needs ai-edge-litert.
+raises when the delegate did not take all three operators. Importing this module needs ai-edge-litert (the `litert`
+extra).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
 
 WEIGHT_TYPES = {2: schema.TensorType.INT2, 4: schema.TensorType.INT4, 8: schema.TensorType.INT8}
 VERSIONS = {2: 14, 4: 10, 8: 6}
@@ -26,30 +32,31 @@ class NotDelegatedError(RuntimeError):
     """The delegate left an operator to the runtime's reference kernels, whose arithmetic is another one."""
 
 
-def _weight_bytes(codes: np.ndarray, bits: int) -> np.ndarray:
+def _weight_bytes(codes: Array, bits: int) -> NDArray[np.uint8]:
     """Codes `[N, K]` to the runtime's bytes: one dense stream over the whole matrix, without row padding."""
     per_byte = 8 // bits
     flat = codes.astype(np.int16).reshape(-1) & (2**bits - 1)
     flat = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
-    return (flat << (np.arange(per_byte) * bits)).sum(axis=1).astype(np.uint8)
+    packed: NDArray[np.uint8] = (flat << (np.arange(per_byte) * bits)).sum(axis=1).astype(np.uint8)
+    return packed
 
 
-def _quantization(scales: np.ndarray) -> schema.QuantizationParametersT:
-    scales = np.asarray(scales, dtype=np.float32).reshape(-1)
+def _quantization(given: ArrayLike) -> Any:
+    scales = np.asarray(given, dtype=np.float32).reshape(-1)
     return schema.QuantizationParametersT(
         scale=scales, zeroPoint=np.zeros(scales.size, dtype=np.int64), quantizedDimension=0
     )
 
 
 def build(
-    codes: np.ndarray,
+    codes: Array,
     bits: int,
-    weight_scale: np.ndarray,
-    input_scale: float,
-    output_scale: float,
-    bias: np.ndarray | None = None,
+    weight_scale: Array,
+    input_scale: ArrayLike,
+    output_scale: ArrayLike,
+    bias: Array | None = None,
     rows: int = 1,
-    bias_scale: np.ndarray | None = None,
+    bias_scale: Array | None = None,
 ) -> bytes:
     """Author the graph.
 
@@ -70,9 +77,11 @@ def build(
     n, k = codes.shape
     weight_scale = np.asarray(weight_scale, dtype=np.float32).reshape(-1)
     model = schema.ModelT(version=3, operatorCodes=[], buffers=[schema.BufferT()])
-    tensors: list[schema.TensorT] = []
+    tensors: list[Any] = []
 
-    def tensor(name, shape, kind, scales=None, data=None) -> int:
+    def tensor(
+        name: str, shape: list[int], kind: Any, scales: ArrayLike | None = None, data: Array | None = None
+    ) -> int:
         buffer = 0
         if data is not None:
             model.buffers.append(schema.BufferT(data=np.ascontiguousarray(data).view(np.uint8).reshape(-1)))
@@ -85,19 +94,19 @@ def build(
 
     kinds = schema.TensorType
     x = tensor("x", [rows, k], kinds.FLOAT32)
-    q = tensor("q", [rows, k], kinds.INT8, [input_scale])
+    q = tensor("q", [rows, k], kinds.INT8, [float(np.asarray(input_scale))])
     w = tensor("w", [n, k], WEIGHT_TYPES[bits], weight_scale, _weight_bytes(codes, bits))
     inputs = [q, w]
     if bias is not None:
         if bias_scale is None:
-            bias_scale = np.float32(input_scale) * weight_scale
+            bias_scale = np.asarray(input_scale, dtype=np.float32) * weight_scale
         inputs.append(tensor("bias", [n], kinds.INT32, bias_scale, np.asarray(bias, dtype=np.int32)))
-    o = tensor("o", [rows, n], kinds.INT8, [output_scale])
+    o = tensor("o", [rows, n], kinds.INT8, [float(np.asarray(output_scale))])
     y = tensor("y", [rows, n], kinds.FLOAT32)
 
     ops, options = schema.BuiltinOperator, schema.BuiltinOptions
     dense = schema.FullyConnectedOptionsT()
-    operators = []
+    operators: list[Any] = []
     for code, version, ins, out, kind, option in (
         (ops.QUANTIZE, 1, [x], q, options.QuantizeOptions, schema.QuantizeOptionsT()),
         (ops.FULLY_CONNECTED, VERSIONS[bits], inputs, o, options.FullyConnectedOptions, dense),
@@ -115,7 +124,7 @@ def build(
     return bytes(builder.Output())
 
 
-def check_delegated(interpreter: Interpreter) -> None:
+def check_delegated(interpreter: Any) -> None:
     """Raise `NotDelegatedError` unless one delegate node runs the graph from `x` to `y`, weights included."""
     names = {t["name"]: t["index"] for t in interpreter.get_tensor_details()}
     # The operators the delegate replaced stay in the list, so their presence says nothing; its own nodes are appended
@@ -129,16 +138,16 @@ def check_delegated(interpreter: Interpreter) -> None:
 class Graph:
     """The graph of `build` in an interpreter: `Graph(...)(x)` gives y. The arguments are those of `build`."""
 
-    def __init__(self, codes, bits, weight_scale, input_scale, output_scale, bias=None, rows=1, bias_scale=None):
-        model = build(codes, bits, weight_scale, input_scale, output_scale, bias, rows, bias_scale)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        model = build(*arguments, **options)
         self._interpreter = Interpreter(model_content=model, num_threads=1)
         self._interpreter.allocate_tensors()
         self._x = self._interpreter.get_input_details()[0]["index"]
         self._y = self._interpreter.get_output_details()[0]["index"]
         check_delegated(self._interpreter)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: Array) -> NDArray[np.float32]:
         """float32 `[M, K]` to float32 `[M, N]`."""
         self._interpreter.set_tensor(self._x, np.ascontiguousarray(x, dtype=np.float32))
         self._interpreter.invoke()
-        return self._interpreter.get_tensor(self._y)
+        return np.asarray(self._interpreter.get_tensor(self._y), np.float32)

@@ -1,0 +1,1 @@
+"""See a checkpoint and trust it: compare it with another, report on it, verify it on this machine."""
