@@ -133,23 +133,45 @@ class Chooser:
             logits: `[vocabulary]`, any float dtype.
             used: the tokens so far, prompt included.
         """
-        if self.repetition_penalty != 1.0:
-            logits = logits.to(torch.float32).clone()
-            seen = torch.tensor(sorted(set(used)), device=logits.device)
-            values = logits[seen]
-            penalty = self.repetition_penalty
-            logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
         if not self.sample:
-            return int(logits.argmax())
+            return int(self._penalized(logits, used).argmax())
+        tokens, weights = self.distribution(logits, used)
+        # by the inverse of the distribution: `multinomial` costs milliseconds over a large vocabulary
+        sums = weights.cumsum(0)
+        point = torch.rand((), dtype=sums.dtype, generator=self.generator).to(sums.device) * sums[-1]
+        drawn = min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
+        return drawn if tokens is None else int(tokens[drawn])
+
+    def distribution(self, logits: Tensor, used: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+        """What sampling draws from.
+
+        Args:
+            logits: as for `choose`.
+            used: likewise.
+
+        Returns:
+            The candidates in falling order, or None for the whole vocabulary in its own; and their weights, float64,
+            not normalized, 0 for those that are out.
+        """
+        logits = self._penalized(logits, used)
         if not self.top_k and self.top_p >= 1.0 and not self.min_p:
-            return self._draw_from_all(logits)
+            scaled = logits.to(torch.float32) / self.temperature
+            return None, torch.exp(scaled - scaled.max()).to(torch.float64)
         values, tokens, total = self._candidates(logits)
         probabilities = torch.exp(values - total)
         before = probabilities.cumsum(0) - probabilities
         kept = (before < self.top_p) & (probabilities >= self.min_p * probabilities[0])
         kept[0] = True
-        weights = probabilities.masked_fill(~kept, 0.0)
-        return int(tokens[self._draw(weights)])
+        return tokens, probabilities.masked_fill(~kept, 0.0)
+
+    def _penalized(self, logits: Tensor, used: Sequence[int]) -> Tensor:
+        if self.repetition_penalty == 1.0:
+            return logits
+        logits = logits.to(torch.float32).clone()
+        seen = torch.tensor(sorted(set(used)), device=logits.device)
+        values, penalty = logits[seen], self.repetition_penalty
+        logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+        return logits
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates in falling order: logits over temperature, tokens, and the logarithm of their normalizer."""
@@ -167,13 +189,3 @@ class Chooser:
             if count == size or (self.top_p < 1.0 and far) or bool(probabilities[-1] < self.min_p * probabilities[0]):
                 break
         return values, tokens, total
-
-    def _draw_from_all(self, logits: Tensor) -> int:
-        scaled = logits.to(torch.float32) / self.temperature
-        return self._draw(torch.exp(scaled - scaled.max()))
-
-    def _draw(self, weights: Tensor) -> int:
-        # by the inverse of the distribution: `multinomial` costs milliseconds over a large vocabulary
-        sums = weights.to(torch.float64).cumsum(0)
-        point = torch.rand((), dtype=torch.float64, generator=self.generator).to(sums.device) * sums[-1]
-        return min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
