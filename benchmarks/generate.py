@@ -19,23 +19,52 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import bytelane
+from bytelane import generation
 from bytelane.cli.output import size
 from bytelane.models import resolve_checkpoint
 from bytelane.quantize import load_float_model
+from bytelane.sampling import Sampling
+
+Generate = Callable[[torch.Tensor, int], object]
+"""Writes so many tokens after a prompt `[1, n]`, greedily, without stopping."""
 
 
-def measure(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
+def by_transformers(model: PreTrainedModel) -> Generate:
+    """Transformers' `generate`."""
+
+    def run(prompt: torch.Tensor, tokens: int) -> object:
+        mask = torch.ones_like(prompt)
+        return model.generate(
+            prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, attention_mask=mask, pad_token_id=0
+        )
+
+    return run
+
+
+def by_bytelane(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Generate:
+    """The loop of `bytelane run`."""
+    model.generation_config.eos_token_id = None
+    greedy = Sampling(greedy=True)
+
+    def run(prompt: torch.Tensor, tokens: int) -> object:
+        return generation.generate(
+            model, tokenizer, prompt, max_new_tokens=tokens, sampling=greedy, on_text=lambda _: None
+        )
+
+    return run
+
+
+def measure(generate: Generate, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
     """Seconds of the prefill, and seconds of each token after the first."""
-    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     with torch.inference_mode():
         start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=1, min_new_tokens=1, **options)
+        generate(prompt, 1)
         first = time.perf_counter()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+        generate(prompt, tokens)
         end = time.perf_counter()
     prefill = first - start
     return prefill, (end - first - prefill) / max(tokens - 1, 1)
@@ -74,12 +103,14 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = next(iter(models.values())).config.get_text_config().vocab_size
     prompt = torch.randint(10, vocabulary - 10, (1, arguments.prompt), generator=generator)
+    runs = {name: by_transformers(model) for name, model in models.items()}
+    runs["bytelane integer"] = by_bytelane(models["bytelane integer"], generation.load_tokenizer(folder))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for model in models.values():
-        measure(model, prompt, 2)
+    for run in runs.values():
+        measure(run, prompt, 2)
     for _ in range(arguments.rounds):
-        for name, model in models.items():
-            times[name].append(measure(model, prompt, arguments.tokens))
+        for name, run in runs.items():
+            times[name].append(measure(run, prompt, arguments.tokens))
     results = []
     for name, model in models.items():
         prefill = statistics.median(t[0] for t in times[name])
