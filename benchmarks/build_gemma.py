@@ -180,14 +180,17 @@ def linear_sides(leaf: str, layer: int) -> tuple[float, float]:
     }.get(leaf, (1.0, 1.0))
 
 
-def quantized(name: str, module: nn.Module, config: Gemma4TextConfig, storage: str, seed: int) -> Any:
-    """One module with random codes, as `write_checkpoint` takes it."""
+def quantized(
+    name: str, module: nn.Module, config: Gemma4TextConfig, storage: str, seed: int, row_scales: bool = False
+) -> Any:
+    """One module with random codes, as `write_checkpoint` takes it; with `row_scales`, tables have one scale a row."""
     rows, columns = module.weight.shape
     bits, generator = weight_bits(name, config), np.random.default_rng(seed)
     leaf = name.rpartition(".")[2]
     lies = Storage.GEMMA if storage == "gemma" else Storage.PACK_QUANTIZED
     if isinstance(module, nn.Embedding):
-        group = config.hidden_size_per_layer_input if leaf == "embed_tokens_per_layer" else None
+        grouped = leaf == "embed_tokens_per_layer" and not row_scales
+        group = config.hidden_size_per_layer_input if grouped else None
         scheme = EmbeddingScheme(WeightScheme(bits, group))
         middle = 1 / (module.scalar_embed_scale * TABLE_RMS[bits])
         tensors = QuantizedTensors(
@@ -248,6 +251,7 @@ def build(
     layers: int | None = None,
     vocab: int = 262144,
     wrapper: bool = False,
+    row_scales: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write the checkpoint; the folder.
@@ -259,6 +263,8 @@ def build(
         layers: decoder layers, for a smaller model.
         vocab: rows of the tables.
         wrapper: with the names of the multimodal wrapper, without its towers.
+        row_scales: one scale for each row of the per-layer table instead of one for each layer's part, because
+            transformers' own quantizer loads no other.
         overwrite: replace a checkpoint that is there.
     """
     text = text_config(shape, layers, vocab)
@@ -284,7 +290,8 @@ def build(
             config=raw,
             storage=storage,
             modules=(
-                quantized(name, module, text, storage, seed) for seed, (name, module) in enumerate(chosen.items())
+                quantized(name, module, text, storage, seed, row_scales)
+                for seed, (name, module) in enumerate(chosen.items())
             ),
             plain=plain_tensors(model, set(chosen)),
             kv_scales=dict.fromkeys(attention, KVScales(STEP, STEP)),
@@ -304,6 +311,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer decoder layers")
     parser.add_argument("--vocab", type=int, default=262144, help="rows of the embedding tables and the head")
     parser.add_argument("--wrapper", action="store_true", help="names of the multimodal wrapper, without towers")
+    parser.add_argument("--row-scales", action="store_true", help="tables that transformers' own quantizer loads")
     parser.add_argument("--overwrite", action="store_true")
     arguments = vars(parser.parse_args())
     start = time.perf_counter()
