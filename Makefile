@@ -3,6 +3,9 @@
 PYTHON ?= python3
 # The CPU build of torch is enough for everything here; name another release or a CUDA build to use it.
 TORCH ?= torch==2.13.0
+# The oldest releases pyproject.toml accepts. PyPI's torch of that age is a CUDA build, gigabytes with its libraries.
+OLDEST_TORCH ?= torch==2.11.0
+OLDEST := transformers==5.17.0 compressed-tensors==0.17.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,7 +13,7 @@ DEMO_READY := $(VENV)/.demo-ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types pytest bench clean
+.PHONY: help setup demo test test-oldest check lint types pytest bench clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +37,12 @@ demo: $(DEMO_READY) ## Quantize SmolLM2-135M-Instruct, ask it a question, measur
 
 test: check pytest ## Lint, type-check and test.
 
+test-oldest: ## Test with the oldest supported torch, transformers and compressed-tensors, in .venv-oldest.
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet "$(OLDEST_TORCH)" $(OLDEST) ".[dev,gguf]"
+	.venv-oldest/bin/python -m pytest
+
 check: lint types
 
 lint: $(READY)
@@ -50,4 +59,4 @@ bench: $(READY) ## Time the linear kernels against the machine's limits and torc
 	$(BIN)/python benchmarks/linear.py
 
 clean: ## Remove what setup and the demo made.
-	rm -rf $(VENV) build demo-model .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build demo-model .pytest_cache .mypy_cache .ruff_cache .hypothesis
