@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import record
 import torch
 from vllm import LLM, SamplingParams
+
+import record
 
 PROMPTS = [
     [3, 4, 5, 6, 7],

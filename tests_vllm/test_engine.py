@@ -1,4 +1,4 @@
-"""The whole engine on a tiny Llama of mixed widths: what every layer was given and gave, in every batch, on 1 and 2 ranks."""
+"""An engine on a tiny Llama of mixed widths: every layer's inputs and outputs, in any batch, on 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import bytelane
+import tiny
 from bytelane.scheme import EmbeddingScheme, LinearScheme, WeightScheme
 
 HERE = Path(__file__).resolve().parent
@@ -23,7 +23,7 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Widths 2, 3, 4 and 8, merged layers of parts of different widths, packed table and head, one weight-only layer."""
+    """Widths 2, 3, 4, 5 and 8, parts of different widths merged, packed table and head, an input-only layer."""
     directory = tmp_path_factory.mktemp("engine") / "model"
     config = tiny.config("llama", dtype="bfloat16", head_dim=32, intermediate_size=160)
     schemes = tiny.default_schemes(config)
@@ -77,7 +77,7 @@ def check_records(model: nn.Module, ranks: list[dict[str, Any]]) -> int:
     compared = 0
     for name, calls in ranks[0].items():
         leaf = name.rpartition(".")[2]
-        for call, (x, y) in enumerate(calls):
+        for call, (x, _) in enumerate(calls):
             others = [records[name][call] for records in ranks]
             if leaf in ROW_PARALLEL:
                 x = torch.cat([other[0] for other in others], -1)
@@ -116,7 +116,7 @@ def test_two_ranks_give_the_same_bits(two: dict[str, Any], model: nn.Module, bat
 
 
 def test_two_ranks_agree_with_one_on_every_argmax_and_probability(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """Not only the argmax: with these sizes the float operations between the layers do not depend on the ranks either."""
+    """Not only the argmax: at these sizes the float operations between the layers do not depend on the ranks either."""
     for key in ("alone", "together", "again"):
         assert one[key] == two[key], key
     assert one["prompt_logprobs"] == two["prompt_logprobs"]

@@ -1,4 +1,4 @@
-"""vLLM's layers with bytelane's methods give bytelane's own bits: every width, storage and side, on one rank and two."""
+"""vLLM's layers with bytelane's methods give bytelane's bits: every width, storage and side, on one rank and two."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.multiprocessing as multiprocessing
+
+import ranks
 from checkpoints import COMPRESSED, GEMMA, hand_made
 
 BITS = range(2, 9)

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from bytelane.cli import inspect, make, run
+from bytelane.cli import inspect, make, run, serve
 from bytelane.cli import trace as trace_command
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.command("eval")(run.evaluate)
 app.command("quantize")(make.quantize)
 app.command("convert")(make.convert)
 app.command("trace")(trace_command.trace)
+app.command("serve", context_settings=serve.PASSED_ON)(serve.serve)
 
 
 @app.callback(invoke_without_command=True)

@@ -22,14 +22,17 @@ _OFF = ("0", "off", "false", "no")
 _log = logging.getLogger("vllm.plugins.bytelane")
 
 
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def vllm_version() -> str | None:
     """The version of the vLLM installed here, or None."""
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return next((found for name in DISTRIBUTIONS if (found := installed(name)) is not None), None)
 
 
 def release(version: str) -> tuple[int, ...]:
