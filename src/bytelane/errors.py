@@ -136,6 +136,10 @@ class AccumulatorError(CheckpointError):
     """The accumulator could overflow: too many input features, or too large a bias."""
 
 
+class ShardingError(CheckpointError):
+    """A layer cannot be split over tensor-parallel ranks as asked and stay what it is."""
+
+
 # --- writing -----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import sys
 import typer
 
 from bytelane.cli import compare as compare_command
-from bytelane.cli import inspect, make, run
+from bytelane.cli import inspect, make, run, serve
 from bytelane.cli import report as report_command
 from bytelane.cli import trace as trace_command
 from bytelane.cli import verify as verify_command
@@ -45,6 +45,7 @@ app.command("trace")(trace_command.trace)
 app.command("compare")(compare_command.compare)
 app.command("report")(report_command.report)
 app.command("verify")(verify_command.verify)
+app.command("serve", context_settings=serve.PASSED_ON)(serve.serve)
 
 
 @app.callback(invoke_without_command=True)

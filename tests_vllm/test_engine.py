@@ -1,0 +1,151 @@
+"""An engine on a tiny Llama of mixed widths: every layer's inputs and outputs, in any batch, on 1 and 2 ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bytelane
+import tiny
+from bytelane.scheme import EmbeddingScheme, LinearScheme, WeightScheme
+
+HERE = Path(__file__).resolve().parent
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Widths 2, 3, 4, 5 and 8, parts of different widths merged, packed table and head, an input-only layer."""
+    directory = tmp_path_factory.mktemp("engine") / "model"
+    config = tiny.config("llama", dtype="bfloat16", head_dim=32, intermediate_size=160)
+    schemes = tiny.default_schemes(config)
+    schemes["model.layers.1.mlp.down_proj"] = LinearScheme(WeightScheme(5), quantize_output=False)
+    schemes["model.layers.1.self_attn.o_proj"] = LinearScheme(WeightScheme(8))
+    schemes["model.embed_tokens"] = EmbeddingScheme(WeightScheme(4, 16))
+    tiny.write_random(directory, config, schemes)
+    return directory
+
+
+def run_engine(checkpoint: Path, world: int, *options: str) -> dict[str, Any]:
+    out = checkpoint.parent / f"{world}{''.join(options)}.pt"
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if world == 2 else "0-1",
+    }
+    command = [sys.executable, HERE / "engine.py", checkpoint, str(world), out, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    found: dict[str, Any] = torch.load(out, weights_only=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(checkpoint: Path) -> dict[str, Any]:
+    return run_engine(checkpoint, 1)
+
+
+@pytest.fixture(scope="module")
+def two(checkpoint: Path) -> dict[str, Any]:
+    return run_engine(checkpoint, 2)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> nn.Module:
+    return bytelane.load_model(checkpoint, dtype=torch.bfloat16)
+
+
+def by_row(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """A recorded layer's outputs by `bytelane.load_model`, one row at a time: no batch but the smallest."""
+    parent, _, leaf = name.rpartition(".")
+    modules = [model.get_submodule(f"{parent}.{part}") for part in PARTS[leaf]] if leaf in PARTS else None
+    modules = modules or [model.get_submodule(name)]
+    return torch.cat([torch.cat([m(x[i : i + 1]) for m in modules], -1) for i in range(len(x))])
+
+
+def check_records(model: nn.Module, ranks: list[dict[str, Any]]) -> int:
+    """Hold the records of all ranks against the model; returns the rows compared."""
+    compared = 0
+    for name, calls in ranks[0].items():
+        leaf = name.rpartition(".")[2]
+        for call, (x, _) in enumerate(calls):
+            others = [records[name][call] for records in ranks]
+            if leaf in ROW_PARALLEL:
+                x = torch.cat([other[0] for other in others], -1)
+                expected = by_row(model, name, x)
+                assert all(torch.equal(other[1], expected) for other in others), name
+            else:
+                expected = by_row(model, name, x)
+                assert all(torch.equal(x, other[0]) for other in others), name
+                if leaf == "embed_tokens":
+                    assert all(torch.equal(other[1], expected) for other in others), name
+                elif leaf == "lm_head":
+                    actual = torch.cat([other[1] for other in others], -1)
+                    assert torch.equal(actual[:, : expected.shape[1]], expected), name
+                else:
+                    # Each rank has its share of every part.
+                    sizes = [model.get_submodule(f"{name.rpartition('.')[0]}.{p}").out_features for p in PARTS[leaf]]
+                    shares = [part.chunk(len(ranks), -1) for part in expected.split(sizes, -1)]
+                    for rank, other in enumerate(others):
+                        assert torch.equal(other[1], torch.cat([s[rank] for s in shares], -1)), name
+            compared += len(x)
+    return compared
+
+
+@pytest.mark.parametrize("batch", ["records_alone", "records_together"])
+def test_linear_outputs_are_load_models_bits_in_any_batch(one: dict[str, Any], model: nn.Module, batch: str) -> None:
+    assert one["layers"] == [2 * 4 + 2]
+    rows = {len(x) for calls in one[batch][0].values() for x, _ in calls}
+    assert len(rows) > 3, "batches of several sizes were meant to run"
+    assert check_records(model, one[batch]) > 900
+
+
+@pytest.mark.parametrize("batch", ["records_alone", "records_together"])
+def test_two_ranks_give_the_same_bits(two: dict[str, Any], model: nn.Module, batch: str) -> None:
+    assert len(two[batch]) == 2
+    assert check_records(model, two[batch]) > 900
+
+
+def test_two_ranks_agree_with_one_on_every_argmax_and_probability(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Not only the argmax: at these sizes the float operations between the layers do not depend on the ranks either."""
+    for key in ("alone", "together", "again"):
+        assert one[key] == two[key], key
+    assert one["prompt_logprobs"] == two["prompt_logprobs"]
+
+
+def test_chunked_prefill_and_prefix_caching_are_on(one: dict[str, Any]) -> None:
+    longest = max(len(x) for x, _ in one["records_alone"][0]["model.layers.0.mlp.down_proj"])
+    assert longest == 32, "the longest prompt has 48 tokens, and a step takes 32"
+    assert one["cached"][-1] >= 32
+    assert one["again"] == one["together"]
+
+
+def test_bytes_reduced_are_the_models_in_the_documentation(two: dict[str, Any]) -> None:
+    """docs/serving.md: 4 bytes an accumulator on CUDA; on CPUs 4 where sums stay below 2^24, 8 where they may not."""
+    from bytelane.integrations.vllm.reduce import reduced_bytes
+
+    hidden, heads, inner = 64, 128, 160
+    expected = []
+    for bits, columns in ((4, heads), (8, inner), (8, heads), (5, inner)):
+        expected.append(reduced_bytes(1, hidden, bits, columns, "cpu"))
+    assert expected == [4 * hidden] * 4
+    for counted in two["reductions"]:
+        steps = len(counted) // len(expected)
+        assert len(counted) == steps * len(expected)
+        for i, (shape, nbytes) in enumerate(counted):
+            assert nbytes == shape[0] * expected[i % len(expected)], (shape, nbytes)
+
+
+def test_compiled_graphs_give_the_same_tokens(checkpoint: Path, one: dict[str, Any]) -> None:
+    """torch.compile stays on: the operations are opaque to it, with shapes it knows."""
+    compiled = run_engine(checkpoint, 1, "--compiled")
+    assert compiled["together"] == one["together"]
