@@ -28,6 +28,8 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "canonical rows are read through wider lanes");
 
+constexpr int kNeverFlush = 1 << 30;  // blocks: for sums that are int32 from the start
+
 template <int I>
 struct Index {
     static constexpr int value = I;
@@ -92,15 +94,25 @@ struct Codes {
     std::int64_t stride, group_stride, groups;
 };
 
-// A tile: NR weight rows against MR activation rows, sums[m][n] = dot(q[m], u[n]). `OneBlock` says that it is a single
-// vector of codes: straight code instead of loops.
-template <class Isa, int Bits, int NR, int MR, bool OneBlock>
-[[gnu::always_inline]] inline void dot_tile(const std::uint8_t* const (&w)[NR], const Rows& rows,
-                                            const std::uint8_t* const (&q)[MR], std::int32_t (&sums)[MR][NR]) {
+// Where the dots of a byte are many its loads reach the memory late, and what the processor fetches ahead by itself is
+// not enough. Into the second level: the first has few misses in flight.
+template <int Bits>
+inline void prefetch(const std::uint8_t* p) {
+    if constexpr (Bits == 2) __builtin_prefetch(p + 8192, 0, 2);
+}
+
+// One group of one weight row against MR activation rows. A part has a sum of its own where registers allow: short
+// chains, and then codes may stay where they are in their bytes, to be set right once, at the end (`settle`).
+// `OneBlock` says that the group is a single vector: straight code instead of loops.
+template <class Isa, int Bits, int MR, bool OneBlock>
+[[gnu::always_inline]] inline void dot_group(const std::uint8_t* w, const Rows& rows, const std::uint8_t* q,
+                                             std::int64_t q_stride,
+                                             typename Isa::template Dot<Bits>::Sum (&total)[MR]) {
     using L = Layout<Isa, Bits>;
     using Dot = typename L::Dot;
     using Vector = typename Isa::Vector;
-    typename Dot::Sum sum[MR][NR];
+    constexpr bool kApart = MR * L::parts <= Isa::sums;
+    typename Dot::Sum sum[MR][kApart ? L::parts : 1];
     for (auto& row : sum) {
         for (auto& s : row) Dot::clear(s);
     }
@@ -109,80 +121,95 @@ template <class Isa, int Bits, int NR, int MR, bool OneBlock>
             for (auto& s : row) Dot::flush(s);
         }
     };
-    const auto step = [&](const Vector(&weight)[NR], std::int64_t block) __attribute__((always_inline)) {
+    const auto step = [&](Vector weight) __attribute__((always_inline)) {
         unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
-            Vector u[NR];
-            for (int n = 0; n < NR; ++n) u[n] = Dot::template part<part.value>(weight[n]);
+            constexpr int p = part.value;
+            const Vector u = kApart ? Dot::template part_in_place<p>(weight) : Dot::template part<p>(weight);
             for (int m = 0; m < MR; ++m) {
-                const Vector a = Isa::load(q[m] + block * L::block_bytes + part.value * L::vector_bytes);
-                for (int n = 0; n < NR; ++n) Dot::add(sum[m][n], u[n], a);
+                Dot::add(sum[m][kApart ? p : 0], u, Isa::load(q + m * q_stride + p * L::vector_bytes));
             }
         });
+        q += L::block_bytes;
     };
-    const std::int64_t full = OneBlock ? 1 : rows.bytes / L::vector_bytes;
-    const std::int64_t rest = OneBlock ? 0 : rows.bytes % L::vector_bytes;
-    // rows that are read side by side must not look ahead into each other
-    const std::int64_t ahead = NR == 1 ? Isa::prefetch_bytes : larger(Isa::prefetch_bytes, NR * rows.stride);
-    Vector weight[NR];
     if constexpr (OneBlock) {
-        for (int n = 0; n < NR; ++n) {
-            __builtin_prefetch(w[n] + ahead);
-            weight[n] = Isa::load(w[n]);
-        }
-        step(weight, 0);
+        prefetch<Bits>(w);
+        step(Isa::load(w));
         flush();
-    }
-    for (std::int64_t block = OneBlock ? 1 : 0; block < full;) {
-        const std::int64_t stop = smaller(full, block + Dot::blocks_per_flush);
-        for (; block < stop; ++block) {
-            for (int n = 0; n < NR; ++n) {
-                const std::uint8_t* p = w[n] + block * L::vector_bytes;
-                if constexpr (MR == 1) __builtin_prefetch(p + ahead);
-                weight[n] = Isa::load(p);
+    } else {
+        const std::uint8_t* whole = w + rows.bytes / L::vector_bytes * L::vector_bytes;
+        if constexpr (Dot::blocks_per_flush < kNeverFlush) {
+            constexpr std::int64_t run = Dot::blocks_per_flush * L::vector_bytes;
+            while (whole - w > run) {
+                for (const std::uint8_t* stop = w + run; w != stop; w += L::vector_bytes) {
+                    prefetch<Bits>(w);
+                    step(Isa::load(w));
+                }
+                flush();
             }
-            step(weight, block);
+        }
+        for (; w != whole; w += L::vector_bytes) {
+            prefetch<Bits>(w);
+            step(Isa::load(w));
         }
         flush();
-    }
-    if (rest != 0) {
-        for (int n = 0; n < NR; ++n) {
-            const std::uint8_t* p = w[n] + full * L::vector_bytes;
-            weight[n] = rows.end - p >= L::vector_bytes ? Isa::load(p) : Isa::load_some(p, static_cast<int>(rest));
+        if (const std::int64_t rest = rows.bytes % L::vector_bytes; rest != 0) {
+            step(rows.end - w >= L::vector_bytes ? Isa::load(w) : Isa::load_some(w, static_cast<int>(rest)));
+            flush();
         }
-        step(weight, full);
-        flush();
     }
     for (int m = 0; m < MR; ++m) {
-        if constexpr (NR == 4) {
-            Isa::total_4(sum[m][0].wide, sum[m][1].wide, sum[m][2].wide, sum[m][3].wide, sums[m]);
-        } else {
-            for (int n = 0; n < NR; ++n) sums[m][n] = Isa::total(sum[m][n].wide);
+        total[m] = sum[m][0];
+        if constexpr (kApart) {
+            unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
+                if constexpr (part.value > 0) Dot::template settle<part.value>(total[m], sum[m][part.value]);
+            });
         }
     }
 }
 
-// MR activation rows against `count` weight rows: acc[(m * groups + g) * acc_stride + n]. A tile that sticks out past
-// the last row repeats that row, and its result, in the rest of `acc`: acc_stride is a multiple of NR. The groups of a
-// tile come one after the other, so that its rows are read from front to back.
-template <class Isa, int Bits, int NR, int MR, bool OneBlock = false>
+// MR activation rows against `count` weight rows: acc[(m * groups + g) * acc_stride + n]. Weight rows are read one
+// after the other, from front to back: a processor fetches ahead what it is asked for in the order of its addresses,
+// and four rows side by side halve its bandwidth. Four dots, of four rows or of four groups of a row, are folded to
+// scalars together; a fold that sticks out past the last row repeats it, and its result, in the rest of `acc`, which
+// has room for a multiple of four.
+template <class Isa, int Bits, int MR, bool OneBlock = false>
 void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m0, std::uint32_t offset,
               std::int32_t* acc, std::int64_t acc_stride) {
-    for (std::int64_t n0 = 0; n0 < count; n0 += NR) {
-        for (std::int64_t g = 0; g < codes.groups; ++g) {
-            const std::uint8_t* w[NR];
-            for (int n = 0; n < NR; ++n) {
-                w[n] = rows.first + smaller(n0 + n, count - 1) * rows.stride + g * rows.group_stride;
-            }
-            const std::uint8_t* q[MR];
-            for (int m = 0; m < MR; ++m) q[m] = codes.first + (m0 + m) * codes.stride + g * codes.group_stride;
-            std::int32_t sums[MR][NR];
-            dot_tile<Isa, Bits, NR, MR, OneBlock>(w, rows, q, sums);
+    using Sum = typename Isa::template Dot<Bits>::Sum;
+    const std::int64_t groups = codes.groups, stride = codes.stride;
+    const std::uint8_t* q = codes.first + m0 * stride;
+    const std::int32_t* q_sums = codes.sums + m0 * groups;
+    const auto correct = [&](std::int32_t sum, std::int64_t at) {
+        return static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) -
+                                         offset * static_cast<std::uint32_t>(q_sums[at]));
+    };
+    Sum sum[4][MR];
+    std::int32_t sums[4];
+    if (groups == 1) {
+        for (std::int64_t n = 0; n < count; n += 4) {
+            unroll<4>([&](auto i) __attribute__((always_inline)) {
+                const std::uint8_t* w = rows.first + smaller(n + i.value, count - 1) * rows.stride;
+                dot_group<Isa, Bits, MR, OneBlock>(w, rows, q, stride, sum[i.value]);
+            });
             for (int m = 0; m < MR; ++m) {
-                const std::uint32_t correction =
-                    offset * static_cast<std::uint32_t>(codes.sums[(m0 + m) * codes.groups + g]);
-                std::int32_t* out = acc + (m * codes.groups + g) * acc_stride + n0;
-                for (int n = 0; n < NR; ++n) {
-                    out[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[m][n]) - correction);
+                Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, sums);
+                for (int i = 0; i < 4; ++i) acc[m * acc_stride + n + i] = correct(sums[i], m);
+            }
+        }
+        return;
+    }
+    for (std::int64_t n = 0; n < count; ++n) {
+        const std::uint8_t* w = rows.first + n * rows.stride;
+        for (std::int64_t g0 = 0; g0 < groups; g0 += 4) {
+            unroll<4>([&](auto i) __attribute__((always_inline)) {
+                const std::int64_t g = smaller(g0 + i.value, groups - 1);
+                dot_group<Isa, Bits, MR, OneBlock>(w + g * rows.group_stride, rows, q + g * codes.group_stride, stride,
+                                                   sum[i.value]);
+            });
+            for (int m = 0; m < MR; ++m) {
+                Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, sums);
+                for (std::int64_t i = 0; i < smaller(4, groups - g0); ++i) {
+                    acc[(m * groups + g0 + i) * acc_stride + n] = correct(sums[i], m * groups + g0 + i);
                 }
             }
         }

@@ -32,8 +32,7 @@ struct Avx2 {
     using Narrow = Avx2Narrow;
 
     static constexpr int vector_bytes = 32;
-    static constexpr int vector_rows = 1;
-    static constexpr int tile_rows = 2;
+    static constexpr int sums = 4;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 2;
 
@@ -93,8 +92,124 @@ struct Avx2 {
             return _mm256_and_si256(w, _mm256_set1_epi8((1 << Bits) - 1));
         }
 
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            return part<P>(w);
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm256_add_epi32(total.wide, part.wide);
+        }
+
         static void add(Sum& s, Vector u, Vector q) {
             s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(u, q));
+        }
+    };
+
+    // What the two tiles of a panel share: vectors of 8 channels, 2 of them, and 3 rows of activations.
+    struct Channels {
+        using Words = __m256i;
+        static constexpr int lanes = 8, vectors = 2, rows = 3;
+
+        static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
+
+        static Words load_words(const std::uint8_t* p) { return load(p); }
+        static Words load_words(const std::uint8_t* p, int bytes) { return load_some(p, bytes); }
+        static void store_words(std::uint8_t* p, Words w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
+
+        template <int Bits, int P>
+        static Words part(Words w) {
+            if constexpr (Bits == 8) return w;
+            if constexpr (P > 0) w = _mm256_srli_epi16(w, P * Bits);
+            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+        }
+
+        // 8 rows of 8 words: pairs and quads within 16-byte halves, then the halves.
+        static void transpose(Words (&w)[8]) {
+            __m256i pair[8];
+            for (int i = 0; i < 8; i += 2) {
+                pair[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
+                pair[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+            }
+            __m256i quad[8];
+            for (int i = 0; i < 8; i += 4) {
+                quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+                quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+                quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+                quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+            }
+            for (int i = 0; i < 4; ++i) {
+                w[i] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+                w[i + 4] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+            }
+        }
+
+        static __m256i broadcast(const std::uint8_t* p) {
+            std::int32_t word;
+            std::memcpy(&word, p, sizeof word);
+            return _mm256_set1_epi32(word);
+        }
+    };
+
+    // Codes of up to 7 bits: `maddubs`, and narrow sums as in `Dot`.
+    struct Tile : Channels {
+        using Element = std::int8_t;
+        using Weights = __m256i;
+        static constexpr std::int64_t q_step = 4;
+
+        struct Sum {
+            __m256i narrow, wide;
+        };
+
+        static constexpr std::int64_t flush_steps(int bits) { return 32767 / (2 * ((1 << bits) - 1) * 128); }
+        static_assert(2 * ((1 << 7) - 1) * 128 <= 32767, "a pair of the widest codes must not saturate");
+
+        static Weights weights(const std::uint8_t* p) { return load(p); }
+        static __m256i activations(const std::uint8_t* p) { return broadcast(p); }
+
+        static void clear(Sum& s) { s.narrow = s.wide = _mm256_setzero_si256(); }
+        static void restore(Sum& s, const std::int32_t* p) { s = {_mm256_setzero_si256(), load(p)}; }
+        static void save(const Sum& s, std::int32_t* p) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s.wide);
+        }
+        static void flush(Sum& s) {
+            s.wide = _mm256_add_epi32(s.wide, _mm256_madd_epi16(s.narrow, _mm256_set1_epi16(1)));
+            s.narrow = _mm256_setzero_si256();
+        }
+        static void add(Sum& s, Weights w, __m256i q) {
+            s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(w, q));
+        }
+    };
+
+    // 8 bits: the even and the odd codes of a step as int16, and the activations too.
+    struct Tile8 : Channels {
+        using Element = std::int16_t;
+        using Sum = __m256i;
+        static constexpr std::int64_t q_step = 8;
+
+        struct Weights {
+            __m256i even, odd;
+        };
+        struct Activations {
+            __m256i even, odd;
+        };
+
+        static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
+
+        static Weights weights(const std::uint8_t* p) {
+            const __m256i w = load(p);
+            return {_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};
+        }
+        static Activations activations(const std::uint8_t* p) { return {broadcast(p), broadcast(p + 4)}; }
+
+        static void clear(Sum& s) { s = _mm256_setzero_si256(); }
+        static void restore(Sum& s, const std::int32_t* p) { s = load(p); }
+        static void save(const Sum& s, std::int32_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+        static void flush(Sum&) {}
+        static void add(Sum& s, const Weights& w, const Activations& q) {
+            s = _mm256_add_epi32(s, _mm256_madd_epi16(w.even, q.even));
+            s = _mm256_add_epi32(s, _mm256_madd_epi16(w.odd, q.odd));
         }
     };
 
@@ -162,7 +277,7 @@ template <>
 struct Avx2::Dot<8> {
     using Lane = std::int16_t;
     static constexpr int parts = 2;
-    static constexpr int blocks_per_flush = 1 << 30;
+    static constexpr int blocks_per_flush = kNeverFlush;
 
     struct Sum {
         __m256i wide;
@@ -174,6 +289,16 @@ struct Avx2::Dot<8> {
     template <int P>
     static Vector part(Vector w) {
         return P == 0 ? _mm256_and_si256(w, _mm256_set1_epi16(255)) : _mm256_srli_epi16(w, 8);
+    }
+
+    template <int P>
+    static Vector part_in_place(Vector w) {
+        return part<P>(w);
+    }
+
+    template <int P>
+    static void settle(Sum& total, Sum part) {
+        total.wide = _mm256_add_epi32(total.wide, part.wide);
     }
 
     static void add(Sum& s, Vector u, Vector q) { s.wide = _mm256_add_epi32(s.wide, _mm256_madd_epi16(u, q)); }
@@ -259,6 +384,16 @@ struct Avx2Narrow : Avx2 {
             return _mm_and_si128(w, _mm_set1_epi8((1 << Bits) - 1));
         }
 
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            return part<P>(w);
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm_add_epi32(total.wide, part.wide);
+        }
+
         static void add(Sum& s, Vector u, Vector q) { s.narrow = _mm_add_epi16(s.narrow, _mm_maddubs_epi16(u, q)); }
     };
 };
@@ -267,7 +402,7 @@ template <>
 struct Avx2Narrow::Dot<8> {
     using Lane = std::int16_t;
     static constexpr int parts = 2;
-    static constexpr int blocks_per_flush = 1 << 30;
+    static constexpr int blocks_per_flush = kNeverFlush;
 
     struct Sum {
         __m128i wide;
@@ -279,6 +414,16 @@ struct Avx2Narrow::Dot<8> {
     template <int P>
     static Vector part(Vector w) {
         return P == 0 ? _mm_and_si128(w, _mm_set1_epi16(255)) : _mm_srli_epi16(w, 8);
+    }
+
+    template <int P>
+    static Vector part_in_place(Vector w) {
+        return part<P>(w);
+    }
+
+    template <int P>
+    static void settle(Sum& total, Sum part) {
+        total.wide = _mm_add_epi32(total.wide, part.wide);
     }
 
     static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_add_epi32(s.wide, _mm_madd_epi16(u, q)); }

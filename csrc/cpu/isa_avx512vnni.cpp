@@ -25,8 +25,7 @@ struct Avx512Vnni {
     using Narrow = Avx512VnniNarrow;
 
     static constexpr int vector_bytes = 64;
-    static constexpr int vector_rows = 1;
-    static constexpr int tile_rows = 4;
+    static constexpr int sums = 8;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 4;
 
@@ -43,7 +42,7 @@ struct Avx512Vnni {
     struct Dot {
         using Lane = std::int8_t;
         static constexpr int parts = 8 / Bits;
-        static constexpr int blocks_per_flush = 1 << 30;
+        static constexpr int blocks_per_flush = kNeverFlush;
         static_assert(Bits == 2 || Bits == 4 || Bits == 8);
 
         struct Sum {
@@ -58,6 +57,19 @@ struct Avx512Vnni {
             if constexpr (Bits == 8) return w;
             if constexpr (P > 0) w = _mm512_srli_epi16(w, P * Bits);
             return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+        }
+
+        // Masked and not shifted: the code times 2^(P * Bits). Products are at most 240 * 128 in size and a lane adds
+        // 2^17 / 16 / parts of them, so int32 holds their sum.
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            if constexpr (Bits == 8) return w;
+            return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm512_add_epi32(total.wide, _mm512_srai_epi32(part.wide, P * Bits));
         }
 
         static void add(Sum& s, Vector u, Vector q) { s.wide = _mm512_dpbusd_epi32(s.wide, u, q); }
@@ -75,6 +87,67 @@ struct Avx512Vnni {
         const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
     }
+
+    // A tile of a panel: 6 rows of activations, 4 vectors of 16 channels; 24 sums of 32 registers.
+    struct Tile {
+        using Element = std::int8_t;
+        using Words = __m512i;
+        using Weights = __m512i;
+        using Sum = __m512i;
+        static constexpr int lanes = 16, vectors = 4, rows = 6;
+        static constexpr std::int64_t q_step = 4;
+
+        static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
+        static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
+
+        static Words load_words(const std::uint8_t* p) { return load(p); }
+        static Words load_words(const std::uint8_t* p, int bytes) { return load_some(p, bytes); }
+        static void store_words(std::uint8_t* p, Words w) { _mm512_store_si512(p, w); }
+
+        template <int Bits, int P>
+        static Words part(Words w) {
+            return Dot<Bits>::template part<P>(w);
+        }
+
+        // 16 rows of 16 words: pairs and quads within 16-byte quarters, then the quarters.
+        static void transpose(Words (&w)[16]) {
+            __m512i pair[16], quad[16];
+            for (int i = 0; i < 16; i += 2) {
+                pair[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+                pair[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+            }
+            for (int i = 0; i < 16; i += 4) {
+                quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+                quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+                quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+                quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+            }
+            for (int i = 0; i < 4; ++i) {
+                const __m512i low = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88);
+                const __m512i odd = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xdd);
+                const __m512i low2 = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0x88);
+                const __m512i odd2 = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0xdd);
+                w[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+                w[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+                w[i + 4] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+                w[i + 12] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+            }
+        }
+
+        static Weights weights(const std::uint8_t* p) { return _mm512_load_si512(p); }
+        static __m512i activations(const std::uint8_t* p) {
+            std::int32_t word;
+            std::memcpy(&word, p, sizeof word);
+            return _mm512_set1_epi32(word);
+        }
+
+        static void clear(Sum& s) { s = _mm512_setzero_si512(); }
+        static void restore(Sum& s, const std::int32_t* p) { s = _mm512_load_si512(p); }
+        static void save(const Sum& s, std::int32_t* p) { _mm512_store_si512(p, s); }
+        static void flush(Sum&) {}
+        static void add(Sum& s, Weights w, __m512i q) { s = _mm512_dpbusd_epi32(s, w, q); }
+    };
+    using Tile8 = Tile;
 
     static constexpr int unpack_codes = 32;
 
@@ -182,7 +255,7 @@ struct Avx512VnniNarrow : Avx512Vnni {
     struct Dot {
         using Lane = std::int8_t;
         static constexpr int parts = 8 / Bits;
-        static constexpr int blocks_per_flush = 1 << 30;
+        static constexpr int blocks_per_flush = kNeverFlush;
 
         struct Sum {
             __m128i wide;
@@ -196,6 +269,17 @@ struct Avx512VnniNarrow : Avx512Vnni {
             if constexpr (Bits == 8) return w;
             if constexpr (P > 0) w = _mm_srli_epi16(w, P * Bits);
             return _mm_and_si128(w, _mm_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+        }
+
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            if constexpr (Bits == 8) return w;
+            return _mm_and_si128(w, _mm_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm_add_epi32(total.wide, _mm_srai_epi32(part.wide, P * Bits));
         }
 
         static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_dpbusd_epi32(s.wide, u, q); }

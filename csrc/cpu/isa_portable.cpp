@@ -25,8 +25,7 @@ struct Portable {
     using Narrow = Portable;
 
     static constexpr int vector_bytes = 16;
-    static constexpr int vector_rows = 1;
-    static constexpr int tile_rows = 1;
+    static constexpr int sums = 4;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 1;
 
@@ -48,7 +47,7 @@ struct Portable {
     struct Dot {
         using Lane = std::int16_t;
         static constexpr int parts = 16 / Bits;
-        static constexpr int blocks_per_flush = 1 << 30;
+        static constexpr int blocks_per_flush = kNeverFlush;
         static_assert(((1 << Bits) - 1) * 128 <= 32767, "a product must fit its lane");
 
         struct Sum {
@@ -61,6 +60,16 @@ struct Portable {
         template <int P>
         static Vector part(Vector w) {
             return w >> (P * Bits) & static_cast<std::uint16_t>((1 << Bits) - 1);
+        }
+
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            return part<P>(w);
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide += part.wide;
         }
 
         static void add(Sum& s, Vector u, Vector q) {
@@ -76,6 +85,63 @@ struct Portable {
     static void total_4(Uint32x4 a, Uint32x4 b, Uint32x4 c, Uint32x4 d, std::int32_t* out) {
         out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
     }
+
+    // A tile of a panel: vectors of 4 channels, 2 of them, and 2 rows of activations; int16 lanes as in `Dot`.
+    struct Tile {
+        using Element = std::int16_t;
+        using Words = Uint32x4;
+        using Sum = Uint32x4;
+        static constexpr int lanes = 4, vectors = 2, rows = 2;
+        static constexpr std::int64_t q_step = 8;
+
+        struct Weights {
+            Uint16x8 even, odd;
+        };
+        struct Activations {
+            Uint16x8 even, odd;
+        };
+
+        static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
+        static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
+
+        static Words load_words(const std::uint8_t* p) { return reinterpret_cast<Words>(load(p)); }
+        static Words load_words(const std::uint8_t* p, int bytes) { return reinterpret_cast<Words>(load_some(p, bytes)); }
+        static void store_words(std::uint8_t* p, Words w) { std::memcpy(p, &w, sizeof w); }
+
+        template <int Bits, int P>
+        static Words part(Words w) {
+            return w >> (P * Bits) & (0x01010101u * ((1u << Bits) - 1));
+        }
+
+        static void transpose(Words (&w)[4]) {
+            const Words a = w[0], b = w[1], c = w[2], d = w[3];
+            for (int i = 0; i < 4; ++i) w[i] = Words{a[i], b[i], c[i], d[i]};
+        }
+
+        static Weights weights(const std::uint8_t* p) {
+            const Vector w = load(p);
+            return {w & static_cast<std::uint16_t>(255), w >> 8};
+        }
+
+        static Uint16x8 broadcast(const std::uint8_t* p) {
+            std::uint32_t word;
+            std::memcpy(&word, p, sizeof word);
+            return reinterpret_cast<Uint16x8>(Uint32x4{word, word, word, word});
+        }
+        static Activations activations(const std::uint8_t* p) { return {broadcast(p), broadcast(p + 4)}; }
+
+        static void clear(Sum& s) { s = Uint32x4{}; }
+        static void restore(Sum& s, const std::int32_t* p) { std::memcpy(&s, p, sizeof s); }
+        static void save(const Sum& s, std::int32_t* p) { std::memcpy(p, &s, sizeof s); }
+        static void flush(Sum&) {}
+        static void add(Sum& s, const Weights& w, const Activations& q) {
+            typename Dot<8>::Sum sum{s};
+            Dot<8>::add(sum, w.even, q.even);
+            Dot<8>::add(sum, w.odd, q.odd);
+            s = sum.wide;
+        }
+    };
+    using Tile8 = Tile;
 
     static constexpr int unpack_codes = 0;
 

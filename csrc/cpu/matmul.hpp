@@ -22,6 +22,7 @@
 #include "convert.hpp"
 #include "dot.hpp"
 #include "kernels.hpp"
+#include "matmul_panels.hpp"
 #include "requantize.hpp"
 #include "scratch.hpp"
 #include "unpack.hpp"
@@ -33,6 +34,7 @@ constexpr std::int64_t kSerialBytes = 48 << 10;       // less weight than this i
 constexpr std::int64_t kSerialActivations = 32 << 10;
 constexpr std::int64_t kActivationBytes = 1 << 20;    // arranged activations of one block of rows
 constexpr std::int64_t kUnpackedBytes = 128 << 10;    // unpacked rows of one panel
+constexpr std::int64_t kPanelRows = 8;                // from here on a panel is worth transposing
 constexpr std::int64_t kMaxTile = 4;                  // activation rows of the tallest tile
 
 template <class Isa, int Bits, bool Unpack>
@@ -80,7 +82,7 @@ class MatmulDriver {
                 }
                 const Codes codes{q, sums, q_row_, q_group_, groups_};
                 const std::int64_t panels = ceil_div(a_.n, panel_);
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(static) nowait
                 for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, m0, rows, codes, mine);
             }
         }
@@ -143,25 +145,22 @@ class MatmulDriver {
         if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, count, scales);
         const std::uint32_t offset = 1u << (a_.bits - 1);
         for (std::int64_t m = 0; m < m_rows;) {
-            std::int64_t tile = 1;
-            if (m_rows - m >= 4) {
-                tile = 4;
-                dot_rows<Isa, Bits, Isa::tile_rows, 4>(rows, count, codes, m, offset, acc, kPanel);
-            } else if (m_rows - m >= 2) {
-                tile = 2;
-                dot_rows<Isa, Bits, Isa::tile_rows, 2>(rows, count, codes, m, offset, acc, kPanel);
-            } else {
-                if (groups_ > 1 && rows.bytes == L::vector_bytes) {
-                    dot_rows<Isa, Bits, 4, 1, true>(rows, count, codes, m, offset, acc, kPanel);
-                } else if (groups_ > 1) {
-                    dot_rows<Isa, Bits, 4, 1>(rows, count, codes, m, offset, acc, kPanel);
-                } else {
-                    dot_rows<Isa, Bits, Isa::vector_rows, 1>(rows, count, codes, m, offset, acc, kPanel);
-                }
+            const std::int64_t tile = m_rows - m >= 4 ? 4 : m_rows - m >= 2 ? 2 : 1;
+            switch (tile) {
+                case 4: dot<4>(rows, count, codes, m, offset, acc); break;
+                case 2: dot<2>(rows, count, codes, m, offset, acc); break;
+                default: dot<1>(rows, count, codes, m, offset, acc);
             }
             for (std::int64_t i = 0; i < tile; ++i) store(acc + i * groups_ * kPanel, scales, m0 + m + i, n0, count);
             m += tile;
         }
+    }
+
+    template <int MR>
+    void dot(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m, std::uint32_t offset,
+             std::int32_t* acc) const {
+        if (rows.bytes == L::vector_bytes) return dot_rows<Isa, Bits, MR, true>(rows, count, codes, m, offset, acc, kPanel);
+        dot_rows<Isa, Bits, MR>(rows, count, codes, m, offset, acc, kPanel);
     }
 
     void store(const std::int32_t* acc, const PanelScales& scales, std::int64_t m, std::int64_t n0,
@@ -192,6 +191,10 @@ void matmul_packed(const Matmul& args) {
 template <class Isa>
 void matmul(const Matmul& args) {
     if (args.m == 0 || args.n == 0) return;
+    if (args.m >= (args.path == Path::packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2)) {
+        if (args.bits == 8) return PanelDriver<Isa, typename Isa::Tile8>(args).run();
+        return PanelDriver<Isa, typename Isa::Tile>(args).run();
+    }
     if (args.path == Path::unpacked) {
         if (args.group_size % Layout<Isa, 8>::block_codes != 0 && args.group_size % kGroupBytes == 0) {
             return MatmulDriver<typename Isa::Narrow, 8, true>(args).run();

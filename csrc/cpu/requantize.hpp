@@ -89,24 +89,30 @@ inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0,
     }
 }
 
-// One row of a panel: acc [groups][kPanel] to `count` outputs at y. The loops run to a whole number of vectors; they
-// must not have a constant length, or GCC unrolls them completely before it looks for vectors.
+// The loops below run to a whole number of vectors; they must not have a constant length, or GCC unrolls them completely
+// before it looks for vectors.
+
+// Group g of one row of a panel joins its total; the first one starts it.
+inline void scale_group(const std::int32_t* __restrict acc, const PanelScales& p, std::int64_t g, std::int64_t whole,
+                        float* __restrict total) {
+    const float* __restrict scale = p.scale + g * kPanel;
+    if (g == 0) {
+        for (std::int64_t n = 0; n < whole; ++n) {
+            const auto biased = static_cast<std::uint32_t>(acc[n]) + static_cast<std::uint32_t>(p.bias_codes[n]);
+            total[n] = static_cast<float>(static_cast<std::int32_t>(biased)) * scale[n];
+        }
+    } else {
+        for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + static_cast<float>(acc[n]) * scale[n];
+    }
+}
+
+// The totals of one row of a panel to `count` outputs at y.
 template <class Isa>
-void finish_panel(const std::int32_t* __restrict acc, const PanelScales& p, const Output& o, std::int64_t groups,
+void finish_total(float* __restrict total, const PanelScales& p, const Output& o, std::int64_t groups,
                   std::int64_t count, void* y) {
     const bool quantized = o.output_scale != nullptr;
     const bool float_bias = o.bias != nullptr && !(quantized && groups == 1);
     const std::int64_t whole = ceil_div(count, kStep) * kStep;
-    const float* __restrict scale = p.scale;
-    alignas(64) float total[kPanel];
-    for (std::int64_t n = 0; n < whole; ++n) {
-        const std::uint32_t biased = static_cast<std::uint32_t>(acc[n]) + static_cast<std::uint32_t>(p.bias_codes[n]);
-        total[n] = static_cast<float>(static_cast<std::int32_t>(biased)) * scale[n];
-    }
-    for (std::int64_t g = 1; g < groups; ++g) {
-        const std::int64_t at = g * kPanel;
-        for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + static_cast<float>(acc[at + n]) * scale[at + n];
-    }
     if (float_bias) {
         for (std::int64_t n = 0; n < whole; ++n) total[n] = total[n] + p.bias[n];
     }
@@ -114,6 +120,16 @@ void finish_panel(const std::int32_t* __restrict acc, const PanelScales& p, cons
         for (std::int64_t n = 0; n < whole; ++n) total[n] = round_small(clamp_nan_high(total[n])) * p.output[n];
     }
     narrow<Isa>(total, o.dtype, y, count);
+}
+
+// One row of a panel: acc [groups][kPanel] to `count` outputs at y.
+template <class Isa>
+void finish_panel(const std::int32_t* acc, const PanelScales& p, const Output& o, std::int64_t groups,
+                  std::int64_t count, void* y) {
+    const std::int64_t whole = ceil_div(count, kStep) * kStep;
+    alignas(64) float total[kPanel];
+    for (std::int64_t g = 0; g < groups; ++g) scale_group(acc + g * kPanel, p, g, whole, total);
+    finish_total<Isa>(total, p, o, groups, count, y);
 }
 
 template <class Isa>

@@ -109,7 +109,7 @@ class WeightDigitsDriver {
         for (std::int64_t m = 0; m < a_.m; ++m) {
             std::int32_t acc[kDigits * kPanel];
             alignas(64) float y[kPanel];
-            dot_rows<Isa, 2, Isa::vector_rows, kDigits>(rows, count, codes, m * kDigits, 2, acc, kPanel);
+            dot_rows<Isa, 2, kDigits>(rows, count, codes, m * kDigits, 2, acc, kPanel);
             for (std::int64_t n = 0; n < count; ++n) {
                 const double high = static_cast<double>(acc[2 * kPanel + n]) * 65536.0;
                 const double total = high + static_cast<double>(acc[kPanel + n]) * 256.0 + static_cast<double>(acc[n]);

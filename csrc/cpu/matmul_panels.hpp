@@ -1,0 +1,214 @@
+// The driver for many activation rows: see panel.hpp for what a panel is.
+//
+//     for a block of activation rows            as many as stay in the last-level cache
+//       quantize and arrange them               in parallel over rows
+//       for a panel of output channels          in parallel
+//         for a part of k                       as much of the panel as stays in the second-level cache
+//           fill the panel
+//           for a tile of activation rows       dot; after the last part of k requantize the tile
+//
+// Tiles are even: 13 rows of 6 are 5 + 4 + 4. Groups come in ascending order, whatever the parts of k.
+#pragma once
+
+#include <cstdint>
+
+#include "convert.hpp"
+#include "kernels.hpp"
+#include "panel.hpp"
+#include "requantize.hpp"
+#include "scratch.hpp"
+
+namespace bytelane::cpu {
+namespace {
+
+constexpr std::int64_t kPanelBytes = 256 << 10;
+constexpr std::int64_t kBlockBytes = 4 << 20;  // arranged activations of one block of rows
+constexpr std::int64_t kBlockRows = 1024;
+constexpr std::int64_t kSplitRows = 96;        // rows worth filling a panel for a second time, on another thread
+
+template <class Isa, class Tile>
+class PanelDriver {
+    using Element = typename Tile::Element;
+
+  public:
+    explicit PanelDriver(const Matmul& args) : a_(args), packed_(args.path == Path::packed) {
+        groups_ = a_.group_size > 0 ? a_.k / a_.group_size : 1;
+        size_ = a_.group_size > 0 ? a_.group_size : a_.k;
+        row_bytes_ = ceil_div(a_.k * a_.bits, 8);
+        // groups of packed rows that are not whole words are unpacked
+        if (groups_ > 1 && size_ * a_.bits % 32 != 0) packed_ = false;
+        parts_ = packed_ ? 8 / a_.bits : 1;
+        steps_ = ceil_div(size_, kStepCodes * parts_) * parts_;
+        q_row_ = groups_ * steps_ * Tile::q_step + 64;  // rows a power of two apart would share a cache set
+        const std::int64_t fit = kPanelBytes / kStepBytes / 8 * 8;
+        part_steps_ = groups_ > 1 ? larger(fit / larger(steps_, 1), 1) * steps_ : smaller(steps_, fit);
+        k_parts_ = ceil_div(groups_ * steps_, larger(part_steps_, 1));
+        m_block_ = smaller(a_.m, larger(Tile::rows, smaller(kBlockBytes / q_row_, kBlockRows)));
+        const std::int64_t panels = ceil_div(a_.n, kPanel);
+        splits_ = larger(1, smaller(4 * a_.threads / panels, m_block_ / kSplitRows));
+        threads_ = static_cast<int>(smaller(a_.threads, panels * splits_));
+    }
+
+    void run() const {
+        const Scratch shared(m_block_ * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
+        Carver memory = shared.of(0);
+        auto* q = memory.take<std::uint8_t>(m_block_ * q_row_);
+        auto* sums = memory.take<std::int32_t>(m_block_ * groups_);
+        const Scratch scratch(thread_bytes(), threads_);
+        const std::int64_t panels = ceil_div(a_.n, kPanel);
+        for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
+            const std::int64_t rows = smaller(m_block_, a_.m - m0);
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+            {
+                const Carver mine = scratch.of_this_thread();
+#pragma omp for schedule(static)
+                for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, mine);
+#pragma omp for schedule(static) nowait
+                for (std::int64_t task = 0; task < panels * splits_; ++task) {
+                    const std::int64_t split = task % splits_, from = rows * split / splits_;
+                    const Block block{q, sums, m0, from, rows * (split + 1) / splits_};
+                    run_panel(task / splits_ * kPanel, block, mine);
+                }
+            }
+        }
+    }
+
+  private:
+    // Rows `from .. to` of the block of activations that starts at row m0.
+    struct Block {
+        const std::uint8_t* q;
+        const std::int32_t* sums;
+        std::int64_t m0, from, to;
+    };
+
+    static std::int64_t block_bytes(std::int64_t steps) { return steps * Tile::lanes * kStepCodes + kBlockGap; }
+    static constexpr std::int64_t kBlocks = kPanel / Tile::lanes;
+
+    // Accumulators and totals of every row are kept from one part of k to the next, or of one tile only.
+    std::int64_t kept_rows() const { return k_parts_ > 1 ? m_block_ : Tile::rows; }
+
+    std::int64_t thread_bytes() const {
+        const std::int64_t panel = kBlocks * block_bytes(part_steps_) + panel_scales_bytes(groups_) + kept_rows() * kPanel * 8;
+        return larger(panel, a_.k) + 8 * Carver::alignment;
+    }
+
+    void load_codes(std::int64_t m, std::int64_t at, std::uint8_t* q, std::int32_t* sums, Carver memory) const {
+        const std::int8_t* codes = a_.codes + m * a_.k;
+        if (a_.acc == nullptr) {
+            auto* fresh = memory.take<std::int8_t>(a_.k);
+            const Dtype dtype = a_.output.dtype;
+            const auto* x = static_cast<const std::uint8_t*>(a_.x) + m * a_.k * element_bytes(dtype);
+            quantize_span<Isa>(x, dtype, a_.k, 1.0f / *a_.output.input_scale, fresh);
+            codes = fresh;
+        }
+        for (std::int64_t g = 0; g < groups_; ++g) {
+            std::uint8_t* out = q + at * q_row_ + g * steps_ * Tile::q_step;
+            const std::int8_t* from = codes + g * size_;
+            std::int32_t& sum = sums[at * groups_ + g];
+            switch (parts_) {
+                case 4: sum = arrange_steps<Element, 4>(from, size_, out); break;
+                case 2: sum = arrange_steps<Element, 2>(from, size_, out); break;
+                default: sum = arrange_steps<Element, 1>(from, size_, out);
+            }
+        }
+    }
+
+    // Steps `step .. step + count` of the rows from n0 on, all groups one after the other.
+    void fill(std::int64_t n0, std::int64_t channels, std::int64_t step, std::int64_t count, std::uint8_t* panel) const {
+        const std::int64_t block_bytes = this->block_bytes(count);
+        PanelRows rows{a_.w + n0 * row_bytes_, a_.w + a_.n * row_bytes_, row_bytes_, 0};
+        for (std::int64_t done = 0; done < count;) {
+            const std::int64_t g = (step + done) / steps_, in_group = (step + done) % steps_;
+            const std::int64_t now = smaller(count - done, steps_ - in_group);
+            const std::int64_t start = in_group * kStepCodes, codes = smaller(now * kStepCodes, size_ - start);
+            std::uint8_t* out = panel + done * Tile::lanes * kStepCodes;
+            if (packed_) {
+                PanelRows packed = rows;
+                packed.first += (g * size_ + start) * a_.bits / 8;
+                packed.bytes = ceil_div(codes * a_.bits, 8);
+                switch (a_.bits) {
+                    case 2: fill_panel<Isa, 2>(packed, channels, block_bytes, out); break;
+                    case 4: fill_panel<Isa, 4>(packed, channels, block_bytes, out); break;
+                    default: fill_panel<Isa, 8>(packed, channels, block_bytes, out);
+                }
+            } else {
+                unpack_panel<Isa>(a_.bits, rows, g * size_ + start, codes, channels, block_bytes, out);
+            }
+            done += now;
+        }
+    }
+
+    void run_panel(std::int64_t n0, const Block& block, Carver memory) const {
+        const std::int64_t channels = smaller(kPanel, a_.n - n0), rows = block.to - block.from;
+        PanelScales scales = take_panel_scales(memory, groups_);
+        auto* panel = memory.take<std::uint8_t>(kBlocks * block_bytes(part_steps_));
+        auto* acc = memory.take<std::int32_t>(kept_rows() * kPanel);
+        auto* total = memory.take<float>(kept_rows() * kPanel);
+        if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, channels, scales);
+        const std::int64_t tiles = ceil_div(rows, Tile::rows), all_steps = groups_ * steps_;
+        for (std::int64_t step = 0; step < all_steps || step == 0; step += larger(part_steps_, 1)) {
+            const std::int64_t count = smaller(part_steps_, all_steps - step);
+            fill(n0, channels, step, count, panel);
+            for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                const std::int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
+                const std::int64_t kept = k_parts_ > 1 ? from * kPanel : 0;
+                const Piece piece{n0, channels, step, count, block.from + from, to - from, tile};
+                dot_tile(piece, block, panel, scales, acc + kept, total + kept);
+            }
+        }
+    }
+
+    // Steps `step .. step + count` of a panel against `rows` rows of a block, from row `row` on.
+    struct Piece {
+        std::int64_t n0, channels, step, count, row, rows, tile;
+    };
+
+    void dot_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales,
+                  std::int32_t* acc, float* total) const {
+        const std::int64_t block_bytes = this->block_bytes(p.count);
+        for (std::int64_t done = 0; done < p.count || done == 0;) {
+            const std::int64_t g = (p.step + done) / larger(steps_, 1), now = smaller(p.count - done, steps_);
+            // tile by tile, the rows of the next panel, which follow
+            Ahead ahead{panel, 0};
+            const std::int64_t line = (p.tile * groups_ * steps_ + p.step + done) * 64;
+            if (k_parts_ == 1 && line < kPanel * row_bytes_) ahead = {a_.w + (p.n0 + kPanel) * row_bytes_ + line, 64};
+            dot_panel_rows<Tile>(p.rows, panel + done * Tile::lanes * kStepCodes, block_bytes, now,
+                                 Tile::flush_steps(a_.bits), block.q + p.row * q_row_ + (p.step + done) * Tile::q_step,
+                                 q_row_, p.channels, groups_ > 1 || p.step == 0, ahead, acc);
+            done += larger(now, 1);
+            const bool last = p.step + done >= groups_ * steps_;
+            if (groups_ > 1 || last) {
+                for (std::int64_t i = 0; i < p.rows; ++i) finish(p, block, i, g, last, scales, acc, total);
+            }
+        }
+    }
+
+    // What follows when the accumulators of row i and group g are complete.
+    void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, bool last,
+                const PanelScales& scales, std::int32_t* all_acc, float* all_total) const {
+        std::int32_t* acc = all_acc + i * kPanel;
+        float* total = all_total + i * kPanel;
+        const std::int64_t m = block.m0 + p.row + i, at = m * a_.n + p.n0;
+        const auto offset = static_cast<std::uint32_t>(Tile::offset(a_.bits));
+        const std::uint32_t correction = offset * static_cast<std::uint32_t>(block.sums[(p.row + i) * groups_ + g]);
+        for (std::int64_t n = 0; n < kPanel; ++n) {
+            acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) - correction);
+        }
+        if (a_.acc != nullptr) {
+            for (std::int64_t n = 0; n < p.channels; ++n) a_.acc[(at + n) * groups_ + g] = acc[n];
+            return;
+        }
+        scale_group(acc, scales, g, kPanel, total);
+        if (!last) return;
+        auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
+        finish_total<Isa>(total, scales, a_.output, groups_, p.channels, y);
+    }
+
+    const Matmul& a_;
+    bool packed_;
+    std::int64_t groups_, size_, row_bytes_, parts_, steps_, q_row_, part_steps_, k_parts_, m_block_, splits_;
+    int threads_;
+};
+
+}  // namespace
+}  // namespace bytelane::cpu
