@@ -35,13 +35,13 @@ from bytelane.cache import (
     Int8SlidingWindowLayer,
     cache_bytes,
     cache_keyword,
-    dequantize,
     kv_scales,
     make_cache,
     rewind,
 )
 from bytelane.checkpoint import KVScales
 from bytelane.generation import ChatSession, encode
+from bytelane.kernels.float_ops import dequantize
 from bytelane.sampling import Sampling
 from bytelane.scheme import LinearScheme, WeightScheme
 

@@ -42,17 +42,6 @@ KVCacheChoice = Literal["auto", "int8", "float"]
 """`auto` is `int8` where the numerics are integer and the checkpoint has the scales, else `float`."""
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`f32(codes) * scale`, cast to `dtype`.
-
-    Args:
-        codes: int8, any shape.
-        scale: float32, one element, on the device of `codes`.
-        dtype: of the result.
-    """
-    return codes.to(torch.float32).mul_(scale).to(dtype)
-
-
 def append(held: Tensor, new: int, room: Tensor | None, spare: int) -> tuple[Tensor, Tensor]:
     """Make place for new tokens behind the tokens a layer holds.
 
@@ -77,31 +66,53 @@ def append(held: Tensor, new: int, room: Tensor | None, spare: int) -> tuple[Ten
     return room, room[:, :, : tokens + new]
 
 
-class _Int8Storage(DynamicLayer):
-    """A layer whose keys and values are codes; `_keep` says which tokens stay after a write."""
+class _Storage(DynamicLayer):
+    """A layer that grows in place. With scales its keys and values are codes, without them floats as they come."""
 
-    def __init__(self, scales: KVScales, **kwargs: Any) -> None:
+    def __init__(self, scales: KVScales | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scales = scales
-        self.key_scale = torch.tensor(scales.k, dtype=torch.float32)
-        self.value_scale = torch.tensor(scales.v, dtype=torch.float32)
+        self.key_scale = None if scales is None else torch.tensor(scales.k, dtype=torch.float32)
+        self.value_scale = None if scales is None else torch.tensor(scales.v, dtype=torch.float32)
         self._rooms: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start empty, with int8 storage on the device of the states."""
+        """Start empty, on the device of the states; int8 where there are scales, else in their dtype."""
         self.device = key_states.device
-        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[-1]), dtype=torch.int8)
-        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]), dtype=torch.int8)
+        dtype = key_states.dtype if self.scales is None else torch.int8
+        self.keys, self.values = (
+            states.new_empty((*states.shape[:2], 0, states.shape[-1]), dtype=dtype)
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
-        self.key_scale = self.key_scale.to(self.device)
-        self.value_scale = self.value_scale.to(self.device)
+        if self.key_scale is not None and self.value_scale is not None:
+            self.key_scale, self.value_scale = self.key_scale.to(self.device), self.value_scale.to(self.device)
 
     def _spare(self, tokens: int) -> int:
         """Room to make beside what is needed: as much again, so that each token is copied about once."""
         return max(tokens, 64)
 
     def _keep(self, keys: Tensor, values: Tensor) -> None:
+        """Note which tokens stay."""
         self.keys, self.values = keys, values
+
+    def reserve(self, new: int) -> tuple[Tensor, Tensor]:
+        """Count new tokens as written; the caller fills in their places, which come last.
+
+        Args:
+            new: how many tokens; the layer is initialized.
+
+        Returns:
+            Keys and values `[batch, KV heads, tokens, head dim]` of all tokens that attention may look at: the layer's
+            own memory, to be read before the next write.
+        """
+        tokens = self.keys.shape[-2]
+        rooms = self._rooms or (None, None)
+        key_room, keys = append(self.keys, new, rooms[0], self._spare(tokens + new))
+        value_room, values = append(self.values, new, rooms[1], self._spare(tokens + new))
+        self._rooms = key_room, value_room
+        self._keep(keys, values)
+        return keys, values
 
     def write(self, key_states: Tensor, value_states: Tensor) -> KeyValues:
         """Write the states of new tokens.
@@ -111,19 +122,18 @@ class _Int8Storage(DynamicLayer):
             value_states: likewise.
 
         Returns:
-            The codes of all tokens that attention may look at, with their scales. They are the cache's own memory, to
-            be read before the next write.
+            All that attention may look at, as it is stored; see `reserve`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new, tokens = key_states.shape[-2], self.keys.shape[-2]
-        rooms = self._rooms or (None, None)
-        key_room, keys = append(self.keys, new, rooms[0], self._spare(tokens + new))
-        value_room, values = append(self.values, new, rooms[1], self._spare(tokens + new))
-        self._rooms = key_room, value_room
-        for states, scale, codes in ((key_states, self.key_scale, keys), (value_states, self.value_scale, values)):
-            _quantize_into(states, scale, codes[:, :, tokens:])
-        self._keep(keys, values)
+        new = key_states.shape[-2]
+        keys, values = self.reserve(new)
+        for states, scale, kept in ((key_states, self.key_scale, keys), (value_states, self.value_scale, values)):
+            places = kept[:, :, kept.shape[2] - new :]
+            if scale is None:
+                places.copy_(states)
+            else:
+                _quantize_into(states, scale, places)
         return KeyValues(keys, values, self.key_scale, self.value_scale)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -136,13 +146,9 @@ class _Int8Storage(DynamicLayer):
             kwargs: likewise.
 
         Returns:
-            Dequantized keys and values `[batch, KV heads, visible tokens, head dim]` in the dtype of the states.
+            Keys and values `[batch, KV heads, visible tokens, head dim]` as floats of the dtype of the states.
         """
-        stored = self.write(key_states, value_states)
-        return (
-            dequantize(stored.keys, self.key_scale, key_states.dtype),
-            dequantize(stored.values, self.value_scale, value_states.dtype),
-        )
+        return self.write(key_states, value_states).floats(key_states.dtype)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -155,12 +161,12 @@ class _Int8Storage(DynamicLayer):
         super().reset()
 
 
-class Int8Layer(_Int8Storage, DynamicLayer):
-    """A full-attention layer: `keys` and `values` are int8 `[batch, KV heads, tokens, head dim]`."""
+class GrowingLayer(_Storage, DynamicLayer):
+    """A full-attention layer: `keys` and `values` are `[batch, KV heads, tokens, head dim]`."""
 
 
-class Int8SlidingWindowLayer(_Int8Storage, DynamicSlidingWindowLayer):
-    """A sliding-window layer: as `Int8Layer`, of the last `sliding_window - 1` tokens."""
+class GrowingSlidingWindowLayer(_Storage, DynamicSlidingWindowLayer):
+    """A sliding-window layer: the same, of the last `sliding_window - 1` tokens."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty."""
@@ -177,9 +183,17 @@ class Int8SlidingWindowLayer(_Int8Storage, DynamicSlidingWindowLayer):
         super()._keep(keys[:, :, first:], values[:, :, first:])
 
 
-def holds_codes(layer: Any) -> TypeGuard[_Int8Storage]:
-    """Whether a cache layer keeps int8 codes."""
-    return isinstance(layer, _Int8Storage)
+class Int8Layer(GrowingLayer):
+    """A full-attention layer of int8 codes."""
+
+
+class Int8SlidingWindowLayer(GrowingSlidingWindowLayer):
+    """A sliding-window layer of int8 codes."""
+
+
+def grows(layer: Any) -> TypeGuard[_Storage]:
+    """Whether a cache layer is one of bytelane's, which grow in place."""
+    return isinstance(layer, _Storage)
 
 
 def _quantize_into(states: Tensor, scale: Tensor, codes: Tensor) -> None:
@@ -190,12 +204,26 @@ def _quantize_into(states: Tensor, scale: Tensor, codes: Tensor) -> None:
         codes.copy_(torch.ops.bytelane.quantize(states, scale))
 
 
-class Int8Cache(DynamicCache):
+class GrowingCache(DynamicCache):
+    """transformers' `DynamicCache`, its layers growing in place. Kinds of layer that have no such form are its own."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        """Make an empty cache for a model's configuration."""
+        super().__init__(config=config)
+        made: Any = self
+        made.layers = [_growing_layer(layer, None) or layer for layer in made.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, of all layers."""
+        return cache_bytes(self)
+
+
+class Int8Cache(GrowingCache):
     """A cache for one model that stores int8 codes wherever the checkpoint has scales for it.
 
-    Use it as any transformers cache: `model.generate(ids, cache=Int8Cache(model.config, scales))`, or
-    `past_key_values=` before transformers 5.24 (`cache_keyword` knows which). Layers without scales are float, as
-    `DynamicCache` makes them. Iterating over it gives codes, not floats.
+    Use it as any transformers cache: `model.generate(ids, cache=Int8Cache(model.config, scales))` (before transformers
+    5.24 the argument is `past_key_values`). Layers without scales are float. Iterating over it gives codes, not floats.
     """
 
     def __init__(self, config: PretrainedConfig, scales: Mapping[int, KVScales]) -> None:
@@ -210,7 +238,7 @@ class Int8Cache(DynamicCache):
             ModelConfigError: scales for a layer the model does not have, or whose cache is of a kind that has no int8
                 form (linear attention, sparse attention with an indexer).
         """
-        super().__init__(config=config)
+        super().__init__(config)
         depth = config.get_text_config(decoder=True).num_hidden_layers
         for index, layer_scales in scales.items():
             if not 0 <= index < depth:
@@ -219,18 +247,22 @@ class Int8Cache(DynamicCache):
             if index < len(self.layers):
                 self.layers[index] = _int8_layer(self.layers[index], layer_scales, index)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values held, of all layers."""
-        return cache_bytes(self)
+
+def _growing_layer(layer: Any, scales: KVScales | None) -> Any:
+    """The layer's growing form, or None."""
+    # The exact types: a subclass holds more than keys and values, and these would be only half of its state.
+    if type(layer) in (DynamicLayer, GrowingLayer):
+        return (GrowingLayer if scales is None else Int8Layer)(scales)
+    if type(layer) in (DynamicSlidingWindowLayer, GrowingSlidingWindowLayer):
+        kind = GrowingSlidingWindowLayer if scales is None else Int8SlidingWindowLayer
+        return kind(scales, sliding_window=layer.sliding_window)
+    return None
 
 
 def _int8_layer(layer: Any, scales: KVScales, index: int) -> Any:
-    # The exact types: a subclass holds more than keys and values, and the codes would be only half of its state.
-    if type(layer) is DynamicLayer:
-        return Int8Layer(scales)
-    if type(layer) is DynamicSlidingWindowLayer:
-        return Int8SlidingWindowLayer(scales, sliding_window=layer.sliding_window)
+    made = _growing_layer(layer, scales)
+    if made is not None:
+        return made
     if not hasattr(layer, "get_mask_sizes") and layer.keys is None:
         return layer
     raise ModelConfigError(
@@ -353,10 +385,10 @@ def kv_scales(model: PreTrainedModel) -> dict[int, KVScales]:
 
 
 def make_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache of the kind the model generates with: an `Int8Cache`, or transformers' own."""
+    """An empty cache of the kind the model generates with: an `Int8Cache`, or a float one."""
     if getattr(model, "bytelane_kv_cache", "float") == "int8":
         return Int8Cache(model.config, kv_scales(model))
-    return DynamicCache(config=model.config)
+    return GrowingCache(model.config)
 
 
 @functools.wraps(GenerationMixin.generate)

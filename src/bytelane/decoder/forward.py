@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bytelane.cache import Int8Cache, dequantize, holds_codes
+from bytelane.cache import GrowingCache, grows
 from bytelane.decoder.native import NativeLayer, build
 from bytelane.decoder.parts import NormPart, NotSupportedError, Parts, norm_part, read_parts
 from bytelane.dispatch import FLOATS, machine
@@ -45,9 +45,7 @@ class SharedKeyValues:
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        s = self.stored
-        for tensor, scale in ((s.keys, s.key_scale), (s.values, s.value_scale)):
-            yield tensor if scale is None else dequantize(tensor, scale, self.dtype)
+        return iter(self.stored.floats(self.dtype))
 
 
 class LayerForward:
@@ -188,8 +186,8 @@ def _store(cache: Any, layer_idx: int, k: Tensor, v: Tensor) -> KeyValues:
     """Put new keys and values `[batch, KV heads, tokens, dim]` into a cache; all that attention may look at."""
     if cache is None:
         return KeyValues(k, v)
-    layer = cache.layers[layer_idx] if isinstance(cache, Int8Cache) else None
-    if holds_codes(layer):
+    layer = cache.layers[layer_idx] if isinstance(cache, GrowingCache) else None
+    if grows(layer):
         return layer.write(k, v)
     return KeyValues(*cache.update(k, v, layer_idx))
 

@@ -46,6 +46,17 @@ class Norm:
         return 0 if self.weight is None else self.weight.data_ptr()
 
 
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`f32(codes) * scale`, cast to `dtype`.
+
+    Args:
+        codes: int8, any shape.
+        scale: float32, one element, on the device of `codes`.
+        dtype: of the result.
+    """
+    return codes.to(torch.float32).mul_(scale).to(dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class KeyValues:
     """What attention reads: keys and values `[batch, KV heads, tokens, dim]`, each head's row contiguous.
@@ -61,6 +72,12 @@ class KeyValues:
     values: Tensor
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
+
+    def floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values as floats of the activation dtype."""
+        pairs = (self.keys, self.key_scale), (self.values, self.value_scale)
+        keys, values = (t if scale is None else dequantize(t, scale, dtype) for t, scale in pairs)
+        return keys, values
 
     def places(self) -> tuple[int, ...]:
         """Addresses, scales and strides of keys, then of values, as the native calls take them."""
