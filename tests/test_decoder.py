@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from transformers import DynamicCache
 
 import bytelane
 import tiny
-from bytelane import QuantLinear, errors
+from bytelane import QuantLinear, _native, errors
 from bytelane.cache import cache_keyword, make_cache
 from bytelane.checkpoint import KVScales
-from bytelane.decoder import merge, refusals
+from bytelane.decoder import DecodeStack, merge, refusals
 from bytelane.decoder.forward import LayerForward
 from bytelane.scheme import LinearScheme, WeightScheme
 
@@ -323,3 +324,70 @@ def test_a_layer_of_another_kind_runs_step_by_step(tmp_path: Path) -> None:
     model = bytelane.load_model(tmp_path / "model", dtype=torch.bfloat16)
     assert refusals(model)["model.layers.1"] == "q_proj is a Linear, not one of bytelane's layers"
     assert torch.isfinite(feed(model, tokens(2, 8), [5, 3])).all()
+
+
+# --- all layers at once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("int8", [True, False], ids=["int8 cache", "float cache"])
+def test_a_stack_of_layers_gives_the_models_logits(
+    folders: dict[str, Path], architecture: str, dtype: torch.dtype, int8: bool
+) -> None:
+    """Token by token to beyond the window and out of the cache's first room, in two caches."""
+    model = bytelane.load_model(folders[architecture], dtype=dtype, kv_cache="int8" if int8 else "float")
+    ids = tokens(1, 100)
+    one, other = make_cache(model), make_cache(model)
+    feed(model, ids[:, :7], [7], one)
+    stack = DecodeStack.of(model)
+    assert stack is not None
+    assert not stack.takes(other)
+    feed(model, ids[:, :7], [7], other)
+    assert stack.takes(other)
+    for i in range(7, 100):
+        expected = feed(model, ids[:, i : i + 1], [1], one)[0, -1]
+        assert torch.equal(stack.step(int(ids[0, i]), other), expected)
+    assert one.get_seq_length() == other.get_seq_length() == 100
+    for a, b in zip(one.layers, other.layers, strict=True):
+        if getattr(a, "keys", None) is not None:
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.values, b.values)
+
+
+def test_a_stack_is_for_native_layers_and_growing_caches(folders: dict[str, Path]) -> None:
+    model = bytelane.load_model(folders["gemma4"], dtype=torch.bfloat16)
+    stack = DecodeStack.of(model)
+    assert stack is not None
+    foreign = DynamicCache(config=model.config)
+    feed(model, tokens(1, 5), [5], foreign)
+    assert not stack.takes(foreign)
+    two = make_cache(model)
+    feed(model, tokens(2, 5), [5], two)
+    assert not stack.takes(two)
+    recorded = make_cache(model)
+    recorded.activate_past_recording()
+    feed(model, tokens(1, 5), [5], recorded)
+    assert not stack.takes(recorded)
+    hooks = watch(model)
+    assert DecodeStack.of(model) is None
+    for hook in hooks:
+        hook.remove()
+    assert DecodeStack.of(model) is not None
+    assert DecodeStack.of(bytelane.load_model(folders["gemma4"], float_ops="torch")) is None
+    handle = model.register_forward_hook(lambda *_: None)
+    assert DecodeStack.of(model) is None
+    handle.remove()
+
+
+def test_the_native_stack_checks_its_slots(folders: dict[str, Path]) -> None:
+    model = bytelane.load_model(folders["llama"], dtype=torch.bfloat16)
+    stack = _native.LayerStack()
+    native = model.model.layers[0].bytelane_forward.native(torch.bfloat16)
+    stack.add(native.run)
+    with pytest.raises(ValueError, match="a slot for each of the 1 layers, found 2"):
+        stack.step(0, 0, 2, 0, 1, 0, 0, 0, 1)
+    for slot, message in (([0] * 8, "sees at least the token"), ([0] * 6 + [1, 1], "no such angles")):
+        table, angles = array("q", slot), array("q", [0, 0])
+        with pytest.raises(ValueError, match=message):
+            stack.step(0, table.buffer_info()[0], 1, angles.buffer_info()[0], 1, 0, 0, 0, 1)

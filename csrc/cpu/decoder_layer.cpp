@@ -1,5 +1,6 @@
 #include "decoder_layer.hpp"
 
+#include <cstring>
 #include <memory>
 
 namespace bytelane::cpu {
@@ -66,6 +67,38 @@ void DecoderLayer::before(const BeforeCall& call) const {
         finish(k, k_norm, true, shape_.kv_heads, call.k);
         finish(v, v_norm, false, shape_.kv_heads, call.v);
     }
+}
+
+// One token's keys or values to their place in the cache.
+void DecoderLayer::store(const void* x, void* to, const float* scale, std::int64_t head_stride,
+                         std::int64_t token) const {
+    const std::int64_t dim = shape_.dim;
+    if (scale != nullptr) {
+        return kernels_.store_codes({x, shape_.kv_heads * dim, scale, static_cast<std::int8_t*>(to) + token * dim, 0,
+                                     head_stride, dtype_, 1, 1, shape_.kv_heads, dim});
+    }
+    const std::int64_t size = dtype_ == Dtype::float32 ? 4 : 2;
+    for (std::int64_t h = 0; h < shape_.kv_heads; ++h) {
+        std::memcpy(static_cast<std::uint8_t*>(to) + (h * head_stride + token * dim) * size,
+                    static_cast<const std::uint8_t*>(x) + h * dim * size, static_cast<std::size_t>(dim * size));
+    }
+}
+
+void DecoderLayer::step(const StepCall& call) const {
+    const std::int64_t dim = shape_.dim;
+    const CacheSlot& slot = call.slot;
+    const Rows q_row(1, shape_.heads * dim, dtype_), k_row(1, shape_.kv_heads * dim, dtype_),
+        v_row(1, shape_.kv_heads * dim, dtype_);
+    const bool own = k.there();
+    before({call.x, call.cosine, call.sine, 1, q_row.get(), own ? k_row.get() : nullptr, own ? v_row.get() : nullptr, 1,
+            call.threads});
+    if (own) {
+        store(k_row.get(), slot.keys, slot.key_scale, slot.key_head_stride, slot.tokens - 1);
+        store(v_row.get(), slot.values, slot.value_scale, slot.value_head_stride, slot.tokens - 1);
+    }
+    after({call.x, q_row.get(), {slot.keys, slot.key_scale, 0, slot.key_head_stride, dim},
+           {slot.values, slot.value_scale, 0, slot.value_head_stride, dim}, nullptr, 0, 0, call.per_layer, 0, call.y, 1,
+           1, slot.tokens, call.threads});
 }
 
 void DecoderLayer::after(const AfterCall& call) const {

@@ -72,6 +72,28 @@ struct AfterCall {
     int threads;
 };
 
+// Where the cache layer that a decoder layer writes or reads lies, for one sequence: what is visible begins at the
+// addresses and ends with the place of the token at hand.
+struct CacheSlot {
+    void* keys;
+    void* values;
+    const float* key_scale;  // null for values of T
+    const float* value_scale;
+    std::int64_t key_head_stride, value_head_stride;
+    std::int64_t tokens;  // with the one at hand
+};
+
+// One token of one sequence through a layer: `before`, the cache, `after`.
+struct StepCall {
+    const void* x;
+    const void* cosine;  // [dim]
+    const void* sine;
+    CacheSlot slot;
+    const void* per_layer;
+    void* y;
+    int threads;
+};
+
 class DecoderLayer {
   public:
     DecoderLayer(const Kernels& kernels, Dtype dtype, const LayerShape& shape)
@@ -79,6 +101,7 @@ class DecoderLayer {
 
     void before(const BeforeCall& call) const;
     void after(const AfterCall& call) const;
+    void step(const StepCall& call) const;
 
     MaybeNorm input, q_norm, k_norm, v_norm, post_attention, mlp, post_mlp, per_layer_norm;
     std::vector<Projection> qkv, gate_up;
@@ -95,6 +118,7 @@ class DecoderLayer {
     void project(const Projection& projection, const void* x, void* y, std::int64_t m, int threads) const;
     void normalize(const MaybeNorm& norm, const void* x, const void* residual, const float* scalar, void* y,
                    std::int64_t m, int threads) const;
+    void store(const void* x, void* to, const float* scale, std::int64_t head_stride, std::int64_t token) const;
     void heads(const MaybeNorm& norm, const void* x, std::int64_t stride, const BeforeCall& call, bool rotate,
                std::int64_t count, void* y) const;
 

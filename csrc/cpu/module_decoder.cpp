@@ -218,6 +218,11 @@ class LayerBuilder {
                       at_least_one(threads)});
     }
 
+    const DecoderLayer& sealed() const {
+        check_sealed();
+        return layer_;
+    }
+
   private:
     template <class T>
     static T* named(const std::map<std::string, T*>& table, const std::string& name) {
@@ -259,6 +264,47 @@ class LayerBuilder {
     bool sealed_ = false;
 };
 
+// Layers that a token goes through one after the other.
+class LayerStack {
+  public:
+    static constexpr std::int64_t kFields = 8;
+
+    void add(const LayerBuilder& layer) { layers_.push_back(&layer.sealed()); }
+
+    // `slots` has a row of int64 for each layer: the fields of CacheSlot in their order, and the index of its angles;
+    // `angles` has two addresses for each index, cosines and sines; `per_layer` goes on by `per_layer_step` elements.
+    void step(Address x, Address slots, std::int64_t rows, Address angles, std::int64_t angle_count, Address per_layer,
+              std::int64_t per_layer_step, Address y, int threads) const {
+        if (rows != static_cast<std::int64_t>(layers_.size()) || rows == 0) {
+            refuse("there must be a slot for each of the " + std::to_string(layers_.size()) + " layers, found " +
+                   std::to_string(rows));
+        }
+        const auto* fields = pointer<const std::int64_t>(slots);
+        const auto* angle = pointer<const std::int64_t>(angles);
+        const LayerShape& shape = layers_.front()->shape();
+        const std::int64_t size = layers_.front()->dtype() == Dtype::float32 ? 4 : 2;
+        std::vector<std::uint8_t> streams(static_cast<std::size_t>(2 * shape.hidden * size));
+        const auto address = [](std::int64_t value) { return static_cast<Address>(value); };
+        Address from = x;
+        for (std::int64_t i = 0; i < rows; ++i, fields += kFields) {
+            if (fields[6] < 1) refuse("a layer sees at least the token at hand");
+            if (fields[7] < 0 || fields[7] >= angle_count) refuse("there are no such angles");
+            const CacheSlot slot = {pointer<void>(address(fields[0])),        pointer<void>(address(fields[1])),
+                                    pointer<const float>(address(fields[2])), pointer<const float>(address(fields[3])),
+                                    fields[4], fields[5], fields[6]};
+            const Address to = i + 1 == rows ? y : reinterpret_cast<Address>(streams.data() + i % 2 * shape.hidden * size);
+            const Address gate = per_layer == 0 ? 0 : per_layer + address(i * per_layer_step * size);
+            layers_[i]->step({pointer<const void>(from), pointer<const void>(address(angle[2 * fields[7]])),
+                              pointer<const void>(address(angle[2 * fields[7] + 1])), slot, pointer<const void>(gate),
+                              pointer<void>(to), at_least_one(threads)});
+            from = to;
+        }
+    }
+
+  private:
+    std::vector<const DecoderLayer*> layers_;
+};
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
@@ -279,6 +325,10 @@ void bind_decoder(nb::module_& m) {
         .def("seal", &LayerBuilder::seal)
         .def("before", &LayerBuilder::before, Free())
         .def("after", &LayerBuilder::after, Free());
+    nb::class_<LayerStack>(m, "LayerStack")
+        .def(nb::init<>())
+        .def("add", &LayerStack::add, nb::keep_alive<1, 2>())
+        .def("step", &LayerStack::step, Free());
 }
 
 }  // namespace bytelane::cpu

@@ -212,3 +212,22 @@ class DecoderLayer:
         `x, q`, keys, values and mask as for `attention`, `per_layer, per_layer_stride, y, batch, queries, tokens,
         threads`.
         """
+
+class LayerStack:
+    """Decoder layers that a token goes through one after the other."""
+
+    def __init__(self) -> None: ...
+    def add(self, layer: DecoderLayer, /) -> None: ...
+    def step(
+        self,
+        x: int,
+        slots: int,
+        rows: int,
+        angles: int,
+        angle_count: int,
+        per_layer: int,
+        per_layer_step: int,
+        y: int,
+        threads: int,
+        /,
+    ) -> None: ...

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from bytelane.cache import cache_keyword, make_cache, rewind
+from bytelane.decoder import DecodeStack
 from bytelane.errors import FileFormatError
 from bytelane.sampling import Chooser, Sampling, end_tokens, unhandled
 
@@ -194,14 +195,18 @@ def _decode(
     given = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
     for piece in ids[:, cache.get_seq_length() :].split(PREFILL_TOKENS, dim=1):
         logits = run(piece, **given).logits
+    last = logits[0, -1]
+    stack = DecodeStack.of(model)
+    if stack is not None and not stack.takes(cache):
+        stack = None
     while True:
-        token = chooser.choose(logits[0, -1], tokens)
+        token = chooser.choose(last, tokens)
         tokens.append(token)
         step = ids.new_tensor([[token]])
         streamer.put(step[0])
         if token in ends or len(tokens) - prompt >= max_new_tokens or stopped():
             break
-        logits = run(step, **given).logits
+        last = run(step, **given).logits[0, -1] if stack is None else stack.step(token, cache)
     streamer.end()
     return ids.new_tensor([tokens])
 

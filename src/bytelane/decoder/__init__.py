@@ -8,6 +8,7 @@ the same formulas (csrc/cpu/float_ops.hpp, attention.hpp), rounded to the activa
     parts.py      what a layer consists of, read off transformers' own modules, by architecture
     merge.py      projections that read one tensor as one matrix, each with its own output scale
     native.py     a layer as one native object
+    stack.py      one token through all layers in one native call
     forward.py    the forward itself: native; or step by step, the same bits, where a linear layer is watched or foreign
 
 Modules, names and classes stay transformers'. A call that asks for more than the layer's result (attention weights,
@@ -16,5 +17,6 @@ gradients, another device, `torch.compile`) takes transformers' own forward.
 
 from bytelane.decoder.forward import FloatOps, install_decoder, refusals
 from bytelane.decoder.merge import merge
+from bytelane.decoder.stack import DecodeStack
 
-__all__ = ["FloatOps", "install_decoder", "merge", "refusals"]
+__all__ = ["DecodeStack", "FloatOps", "install_decoder", "merge", "refusals"]

@@ -78,6 +78,10 @@ class LayerForward:
         self._native[dtype] = made
         return made
 
+    def unwatched(self) -> bool:
+        """Whether no module of the layer but the projections has hooks; `NativeLayer.current` asks for those."""
+        return not any(self._hooks)
+
     def takes(self, x: Tensor, mask: Tensor | None, angles: Any, arguments: Mapping[str, Any]) -> bool:
         """Whether a call is one for the first two ways."""
         config = self.parts.attention.config
@@ -93,7 +97,7 @@ class LayerForward:
             and angles[0].dtype is x.dtype
             and _sdpa(config)
             and not arguments.get("output_attentions")
-            and not any(self._hooks)
+            and self.unwatched()
         )
 
 
