@@ -30,7 +30,7 @@ from transformers.utils import logging
 import bytelane
 import limits
 from bytelane.cache import cache_keyword, make_cache
-from bytelane.decoder import merge, refusals
+from bytelane.decoder import DecodeStack, merge, refusals
 from bytelane.dispatch import machine, select
 from bytelane.kernels import float_ops
 from bytelane.layers import QuantLinear
@@ -38,12 +38,9 @@ from bytelane.sampling import Chooser
 
 
 class Nothing:
-    """A native layer that does nothing."""
+    """Layers that do nothing."""
 
-    def before(self, *_: int) -> None:
-        """Leave q, k and v as they are."""
-
-    def after(self, *_: int) -> None:
+    def step(self, *_: int) -> None:
         """Leave the stream as it is."""
 
 
@@ -107,22 +104,23 @@ def main() -> None:
     model: Any = bytelane.load_model(arguments.model, text_only=True)
     if model.bytelane_float_ops != "native" or refusals(model):
         raise SystemExit(f"not every decoder layer is native: {refusals(model)}")
-    layers = [layer.bytelane_forward for layer in model.get_decoder().layers]
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(10, vocabulary - 10, (1, arguments.context), generator=torch.Generator().manual_seed(0))
     cache, chooser = make_cache(model), Chooser()
     given = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
 
-    def token(ids: torch.Tensor) -> int:
-        return chooser.choose(model(ids, **given).logits[0, -1], [])
-
     times: dict[str, list[float]] = {"weights": [], "token": [], "calls": []}
     with torch.inference_mode():
-        token(prompt)
-        step = prompt[:, -1:].clone()  # one token over and over: its rows of the mapped tables are in memory
+        model(prompt, **given)
+        stack: Any = DecodeStack.of(model)
+        # one token over and over: its rows of the mapped tables are in memory
+        again = int(prompt[0, -1])
+
+        def token() -> int:
+            return chooser.choose(stack.step(again, cache), [])
+
         calls, weight_bytes = weight_calls(model)
-        native = [own.native(model.dtype) for own in layers]
-        real = [made.run for made in native]
+        real = stack._stack
         head = model.get_output_embeddings()
         dense = [m for m in model.get_decoder().modules() if type(m) is nn.Linear]
         logits = head(torch.randn(1, 1, head.in_features, dtype=model.dtype))
@@ -131,21 +129,19 @@ def main() -> None:
             for call in calls:
                 call()
 
-        token(step)
+        token()
         for _ in range(arguments.rounds):
             times["weights"].append(seconds(weights, 3))
-            times["token"].append(seconds(lambda: token(step), arguments.tokens))
-            for made in native:
-                made.run = Nothing()
+            times["token"].append(seconds(token, arguments.tokens))
+            stack._stack = Nothing()
             outputs = {m: torch.zeros(1, 1, m.out_features, dtype=model.dtype) for m in dense} | {head: logits}
             kept = {m: m.forward for m in outputs}
             for module, value in outputs.items():
                 module.forward = lambda *_, value=value: value
-            times["calls"].append(seconds(lambda: token(step), arguments.tokens))
+            times["calls"].append(seconds(token, arguments.tokens))
             for module, forward in kept.items():
                 module.forward = forward
-            for made, run in zip(native, real, strict=True):
-                made.run = run
+            stack._stack = real
     bandwidth.append(limits.read_bandwidth(arguments.threads))
     found = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     found["floor"] = weight_bytes / statistics.mean(bandwidth) * 1e3
