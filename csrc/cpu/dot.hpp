@@ -2,7 +2,7 @@
 //
 //     acc[m,n] = sum_k q[m,k] * (u[n,k] - 2^(N-1)) = dot(q[m], u[n]) - 2^(N-1) * sum(q[m])        mod 2^32
 //
-// One vector of a weight row is a *block* of codes. Shifted right by p codes and masked, it shows every `parts`-th
+// At 2, 4 and 8 bits one vector of a weight row is a *block* of codes. Shifted right by p codes and masked, it shows every `parts`-th
 // code, one in each lane, in place: no code moves across lanes. A sum over k does not mind its order, so the
 // activations are put in that order once instead (`arrange`), zeros past the end of the row:
 //
@@ -11,6 +11,9 @@
 //       part 0        u0         u2         ...  u62            (b      & 15)
 //       part 1        u1         u3         ...  u63            (b >> 4 & 15)
 //       activations   q0 q2 ... q62 | q1 q3 ... q63             one block, 64 bytes
+//
+// An instruction set that can spread codes in registers (`spreads_in_registers`) takes the other widths too: a block is
+// then as many codes as a vector has bytes, in their own order, and has one part.
 //
 // Lanes are as wide as the instruction set's exact multiply-add wants: see `Dot` in each isa_*.cpp, which also says
 // how many products a narrow sum can take before it is flushed to int32.
@@ -51,7 +54,8 @@ struct Layout {
     static constexpr int parts = Dot::parts;
     static constexpr int block_codes = lanes * parts;
     static constexpr int block_bytes = vector_bytes * parts;  // of the activations
-    static_assert(block_codes * Bits == vector_bytes * 8);
+    static constexpr int weight_bytes = block_codes * Bits / 8;
+    static_assert(weight_bytes == vector_bytes || (parts == 1 && Isa::spreads_in_registers));
     static_assert(Dot::blocks_per_flush >= 1);
 };
 
@@ -133,27 +137,27 @@ template <class Isa, int Bits, int MR, bool OneBlock>
     };
     if constexpr (OneBlock) {
         prefetch<Bits>(w);
-        step(Isa::load(w));
+        step(Dot::load(w));
         flush();
     } else {
-        const std::uint8_t* whole = w + rows.bytes / L::vector_bytes * L::vector_bytes;
+        const std::uint8_t* whole = w + rows.bytes / L::weight_bytes * L::weight_bytes;
         if constexpr (Dot::blocks_per_flush < kNeverFlush) {
-            constexpr std::int64_t run = Dot::blocks_per_flush * L::vector_bytes;
+            constexpr std::int64_t run = Dot::blocks_per_flush * L::weight_bytes;
             while (whole - w > run) {
-                for (const std::uint8_t* stop = w + run; w != stop; w += L::vector_bytes) {
+                for (const std::uint8_t* stop = w + run; w != stop; w += L::weight_bytes) {
                     prefetch<Bits>(w);
-                    step(Isa::load(w));
+                    step(Dot::load(w));
                 }
                 flush();
             }
         }
-        for (; w != whole; w += L::vector_bytes) {
+        for (; w != whole; w += L::weight_bytes) {
             prefetch<Bits>(w);
-            step(Isa::load(w));
+            step(Dot::load(w));
         }
         flush();
-        if (const std::int64_t rest = rows.bytes % L::vector_bytes; rest != 0) {
-            step(rows.end - w >= L::vector_bytes ? Isa::load(w) : Isa::load_some(w, static_cast<int>(rest)));
+        if (const std::int64_t rest = rows.bytes % L::weight_bytes; rest != 0) {
+            step(rows.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest)));
             flush();
         }
     }

@@ -32,6 +32,7 @@ struct Avx2 {
     using Narrow = Avx2Narrow;
 
     static constexpr int vector_bytes = 32;
+    static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 2;
@@ -79,6 +80,8 @@ struct Avx2 {
             __m256i narrow, wide;
         };
 
+        static Vector load(const std::uint8_t* w) { return Avx2::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2::load_some(w, bytes); }
         static void clear(Sum& s) { s.narrow = s.wide = _mm256_setzero_si256(); }
 
         static void flush(Sum& s) {
@@ -283,6 +286,8 @@ struct Avx2::Dot<8> {
         __m256i wide;
     };
 
+    static Vector load(const std::uint8_t* w) { return Avx2::load(w); }
+    static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2::load_some(w, bytes); }
     static void clear(Sum& s) { s.wide = _mm256_setzero_si256(); }
     static void flush(Sum&) {}
 
@@ -371,6 +376,8 @@ struct Avx2Narrow : Avx2 {
             __m128i narrow, wide;
         };
 
+        static Vector load(const std::uint8_t* w) { return Avx2Narrow::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2Narrow::load_some(w, bytes); }
         static void clear(Sum& s) { s.narrow = s.wide = _mm_setzero_si128(); }
 
         static void flush(Sum& s) {
@@ -408,6 +415,8 @@ struct Avx2Narrow::Dot<8> {
         __m128i wide;
     };
 
+    static Vector load(const std::uint8_t* w) { return Avx2Narrow::load(w); }
+    static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2Narrow::load_some(w, bytes); }
     static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
     static void flush(Sum&) {}
 

@@ -1,4 +1,5 @@
-// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
+// x86-64 with AVX-512 F, BW, VL, DQ and VNNI, and once more with VBMI (isa_avx512vbmi.cpp), which spreads the codes of any
+// width in registers.
 //
 // `dpbusd` multiplies unsigned bytes (the codes) by signed bytes (the activations) and adds four products to an int32
 // lane. It is the form that does not saturate (`dpbusds` does), so it is exact modulo 2^32 at every width, 8 included.
@@ -19,12 +20,45 @@
 namespace bytelane::cpu {
 namespace {
 
+#ifdef __AVX512VBMI__
+constexpr bool kVbmi = true;
+
+// 64 codes of 2..7 bits to 64 bytes. Eight codes are N whole bytes:
+//
+//     permute      64-bit lane i = bytes i*N .. i*N + 7
+//     multishift   byte j of a lane = its 8 bits from bit j*N on
+//     mask         the lowest N of them
+template <int Bits>
+struct LaneBytes {
+    alignas(64) std::uint8_t at[64] = {};
+
+    constexpr LaneBytes() {
+        for (int i = 0; i < 64; ++i) at[i] = static_cast<std::uint8_t>(i / 8 * Bits + i % 8);
+    }
+};
+
+template <int Bits>
+inline constexpr LaneBytes<Bits> kLaneBytes{};
+
+template <int Bits>
+inline __m512i spread_64(__m512i packed) {
+    std::uint64_t shifts = 0;
+    for (int i = 0; i < 8; ++i) shifts |= static_cast<std::uint64_t>(i * Bits) << (8 * i);
+    const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kLaneBytes<Bits>.at), packed);
+    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<long long>(shifts)), lanes);
+    return _mm512_and_si512(codes, _mm512_set1_epi8((1 << Bits) - 1));
+}
+#else
+constexpr bool kVbmi = false;
+#endif
+
 struct Avx512VnniNarrow;
 
 struct Avx512Vnni {
     using Narrow = Avx512VnniNarrow;
 
     static constexpr int vector_bytes = 64;
+    static constexpr bool spreads_in_registers = kVbmi;
     static constexpr int sums = 8;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 4;
@@ -41,20 +75,34 @@ struct Avx512Vnni {
     template <int Bits>
     struct Dot {
         using Lane = std::int8_t;
-        static constexpr int parts = 8 / Bits;
+        static constexpr bool in_place = Bits == 2 || Bits == 4 || Bits == 8;
+        static constexpr int parts = in_place ? 8 / Bits : 1;
         static constexpr int blocks_per_flush = kNeverFlush;
-        static_assert(Bits == 2 || Bits == 4 || Bits == 8);
+        static_assert(in_place || kVbmi);
 
         struct Sum {
             __m512i wide;
         };
 
+        static Vector load(const std::uint8_t* w) {
+            if constexpr (in_place) {
+                return Avx512Vnni::load(w);
+            } else {
+                return load_some(w, 8 * Bits);
+            }
+        }
+        static Vector load_some(const std::uint8_t* w, int bytes) {
+#ifdef __AVX512VBMI__
+            if constexpr (!in_place) return spread_64<Bits>(Avx512Vnni::load_some(w, bytes));
+#endif
+            return Avx512Vnni::load_some(w, bytes);
+        }
         static void clear(Sum& s) { s.wide = _mm512_setzero_si512(); }
         static void flush(Sum&) {}
 
         template <int P>
         static Vector part(Vector w) {
-            if constexpr (Bits == 8) return w;
+            if constexpr (parts == 1) return w;
             if constexpr (P > 0) w = _mm512_srli_epi16(w, P * Bits);
             return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
         }
@@ -63,7 +111,7 @@ struct Avx512Vnni {
         // 2^17 / 16 / parts of them, so int32 holds their sum.
         template <int P>
         static Vector part_in_place(Vector w) {
-            if constexpr (Bits == 8) return w;
+            if constexpr (parts == 1) return w;
             return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
         }
 
@@ -149,11 +197,15 @@ struct Avx512Vnni {
     };
     using Tile8 = Tile;
 
-    static constexpr int unpack_codes = 32;
+    static constexpr int unpack_codes = kVbmi ? 64 : 32;
 
     template <int Bits>
     static void unpack_step(const std::uint8_t* codes, std::uint8_t* out) {
+#ifdef __AVX512VBMI__
+        _mm512_storeu_si512(out, spread_64<Bits>(load_some(codes, 8 * Bits)));
+#else
         spread_32<Bits>(codes, out);
+#endif
     }
 
     // Sixteen float32 lanes.
@@ -261,6 +313,8 @@ struct Avx512VnniNarrow : Avx512Vnni {
             __m128i wide;
         };
 
+        static Vector load(const std::uint8_t* w) { return Avx512VnniNarrow::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx512VnniNarrow::load_some(w, bytes); }
         static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
         static void flush(Sum&) {}
 
@@ -290,15 +344,31 @@ bool supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c") &&
+           (!kVbmi || __builtin_cpu_supports("avx512vbmi"));
 }
 
 }  // namespace
 
-const Kernels avx512vnni_kernels = {"avx512vnni",           supported,          quantize<Avx512Vnni>,
-                                    requantize<Avx512Vnni>, matmul<Avx512Vnni>, weight_only<Avx512Vnni>,
-                                    embedding<Avx512Vnni>,  norm_rows<Avx512Vnni>, head_rows<Avx512Vnni>,
-                                    gate_rows<Avx512Vnni>,  add_rows<Avx512Vnni>, store_codes<Avx512Vnni>,
-                                    attention<Avx512Vnni>, dense<Avx512Vnni>};
+constexpr Kernels kTable = {kVbmi ? "avx512vbmi" : "avx512vnni",
+                            supported,
+                            quantize<Avx512Vnni>,
+                            requantize<Avx512Vnni>,
+                            matmul<Avx512Vnni>,
+                            weight_only<Avx512Vnni>,
+                            embedding<Avx512Vnni>,
+                            norm_rows<Avx512Vnni>,
+                            head_rows<Avx512Vnni>,
+                            gate_rows<Avx512Vnni>,
+                            add_rows<Avx512Vnni>,
+                            store_codes<Avx512Vnni>,
+                            attention<Avx512Vnni>,
+                            dense<Avx512Vnni>};
+
+#ifdef __AVX512VBMI__
+const Kernels avx512vbmi_kernels = kTable;
+#else
+const Kernels avx512vnni_kernels = kTable;
+#endif
 
 }  // namespace bytelane::cpu

@@ -25,6 +25,7 @@ struct Portable {
     using Narrow = Portable;
 
     static constexpr int vector_bytes = 16;
+    static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 1;
@@ -54,6 +55,8 @@ struct Portable {
             Uint32x4 wide;
         };
 
+        static Vector load(const std::uint8_t* w) { return Portable::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Portable::load_some(w, bytes); }
         static void clear(Sum& s) { s.wide = Uint32x4{}; }
         static void flush(Sum&) {}
 

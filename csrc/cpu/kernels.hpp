@@ -210,6 +210,7 @@ struct Kernels {
     void (*dense)(const Dense&);
 };
 
+extern const Kernels avx512vbmi_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels portable_kernels;

@@ -1,17 +1,17 @@
-// The driver: quantize, dot, requantize, for any M, split over output channels.
+// The driver for few activation rows, and the entry; matmul_panels.hpp has the one for many.
 //
-//     for a block of activation rows          as many as stay in cache arranged
-//       quantize and arrange them             in parallel over rows
-//       for a panel of output channels        in parallel; at most 64
-//         [unpacked] spread its rows to bytes
-//         for a tile of activation rows       dot the panel, then requantize the tile: the accumulators never leave L1
+//     quantize and arrange the activation rows      in parallel over rows where that is worth it
+//     for a panel of output channels                in parallel, a contiguous range for each thread; at most 64
+//       [unpacked] spread its rows to bytes
+//       for a tile of activation rows               dot the panel, then requantize the tile: the accumulators never
+//                                                   leave L1, and the weights are read from memory once
 //
 // An accumulator is one exact integer and an output depends on its own accumulators alone, so the bits do not depend on
-// the number of threads, the panel, the block or M.
+// the number of threads, the panel or M.
 //
-// Path `packed` dots the canonical rows in place; a group is then a whole number of vectors, if need be of the narrow
-// 16-byte ones. Path `unpacked` first spreads a panel's rows to bytes, each group padded to whole vectors, and dots
-// those as 8-bit rows:
+// Canonical rows are dotted in place if a group is a whole number of the vectors that the instruction set reads its
+// width in. Otherwise a panel's rows are first spread to bytes, each group padded to whole vectors, and dotted as 8-bit
+// rows:
 //
 //     row of the panel     g0: u0 u1 ... 0 0 | g1: u0 u1 ... 0 0 | ...
 #pragma once
@@ -30,12 +30,12 @@
 namespace bytelane::cpu {
 namespace {
 
+constexpr std::int64_t kPanelRows = 8;                // from this many rows on a panel is worth transposing
+constexpr std::int64_t kMaxTile = 4;                  // activation rows of the tallest tile
 constexpr std::int64_t kSerialBytes = 48 << 10;       // less weight than this is not worth waking a thread
 constexpr std::int64_t kSerialActivations = 32 << 10;
-constexpr std::int64_t kActivationBytes = 1 << 20;    // arranged activations of one block of rows
+constexpr std::int64_t kTileBytes = 32 << 10;         // of weights that several tiles read
 constexpr std::int64_t kUnpackedBytes = 128 << 10;    // unpacked rows of one panel
-constexpr std::int64_t kPanelRows = 8;                // from here on a panel is worth transposing
-constexpr std::int64_t kMaxTile = 4;                  // activation rows of the tallest tile
 
 template <class Isa, int Bits, bool Unpack>
 class MatmulDriver {
@@ -51,40 +51,35 @@ class MatmulDriver {
         q_row_ = groups_ * q_group_;
         u_group_ = blocks_ * L::vector_bytes;
         u_row_ = groups_ * u_group_;
-        const std::int64_t work = row_bytes_ * a_.n * smaller(a_.m, 1 << 20);
-        threads_ = work < kSerialBytes ? 1 : a_.threads;
+        threads_ = row_bytes_ * a_.n * a_.m < kSerialBytes ? 1 : a_.threads;
         panel_ = kPanel;
         if (Unpack) panel_ = larger(kMaxTile, smaller(panel_, kUnpackedBytes / larger(u_row_, 1) / kMaxTile * kMaxTile));
+        while (a_.m > kMaxTile && panel_ > kStep && panel_ * row_bytes_ > kTileBytes) panel_ /= 2;
         while (panel_ > kMaxTile * 2 && a_.n < panel_ * 4 * threads_ && threads_ > 1) panel_ /= 2;
         threads_ = static_cast<int>(larger(smaller(threads_, ceil_div(a_.n, panel_)), 1));
-        const std::int64_t fit = kActivationBytes / larger(q_row_, 1) / kMaxTile * kMaxTile;
-        m_block_ = smaller(a_.m, larger(kMaxTile, smaller(fit, 256)));
     }
 
     void run() const {
-        const Scratch shared(m_block_ * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
+        const Scratch shared(a_.m * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
         Carver memory = shared.of(0);
-        auto* q = memory.take<std::uint8_t>(m_block_ * q_row_);
-        auto* sums = memory.take<std::int32_t>(m_block_ * groups_);
+        auto* q = memory.take<std::uint8_t>(a_.m * q_row_);
+        auto* sums = memory.take<std::int32_t>(a_.m * groups_);
         const Scratch scratch(thread_bytes(), threads_);
-        for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
-            const std::int64_t rows = smaller(m_block_, a_.m - m0);
-            const bool alone = threads_ == 1 || rows * a_.k < kSerialActivations;
-            if (alone) {
-                for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, scratch.of(0));
-            }
+        const bool alone = threads_ == 1 || a_.m * a_.k < kSerialActivations;
+        if (alone) {
+            for (std::int64_t m = 0; m < a_.m; ++m) load_codes(m, q, sums, scratch.of(0));
+        }
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
-            {
-                const Carver mine = scratch.of_this_thread();
-                if (!alone) {
+        {
+            const Carver mine = scratch.of_this_thread();
+            if (!alone) {
 #pragma omp for schedule(static)
-                    for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, mine);
-                }
-                const Codes codes{q, sums, q_row_, q_group_, groups_};
-                const std::int64_t panels = ceil_div(a_.n, panel_);
-#pragma omp for schedule(static) nowait
-                for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, m0, rows, codes, mine);
+                for (std::int64_t m = 0; m < a_.m; ++m) load_codes(m, q, sums, mine);
             }
+            const Codes codes{q, sums, q_row_, q_group_, groups_};
+            const std::int64_t panels = ceil_div(a_.n, panel_);
+#pragma omp for schedule(static) nowait
+            for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, codes, mine);
         }
     }
 
@@ -96,8 +91,8 @@ class MatmulDriver {
         return larger(panel + (Unpack ? panel_ * u_row_ : 0), a_.k) + 8 * Carver::alignment;
     }
 
-    // Row `m` of x to arranged codes, row `at` of the block.
-    void load_codes(std::int64_t m, std::int64_t at, std::uint8_t* q, std::int32_t* sums, Carver memory) const {
+    // Row `m` of x to arranged codes.
+    void load_codes(std::int64_t m, std::uint8_t* q, std::int32_t* sums, Carver memory) const {
         const std::int8_t* codes = a_.codes + m * a_.k;
         if (a_.acc == nullptr) {
             auto* fresh = memory.take<std::int8_t>(a_.k);
@@ -107,7 +102,7 @@ class MatmulDriver {
             codes = fresh;
         }
         for (std::int64_t g = 0; g < groups_; ++g) {
-            sums[at * groups_ + g] = arrange<Isa, Bits>(codes + g * size_, size_, q + at * q_row_ + g * q_group_);
+            sums[m * groups_ + g] = arrange<Isa, Bits>(codes + g * size_, size_, q + m * q_row_ + g * q_group_);
         }
     }
 
@@ -115,7 +110,7 @@ class MatmulDriver {
         const std::uint8_t* first = a_.w + n0 * row_bytes_;
         const std::uint8_t* end = a_.w + a_.n * row_bytes_;
         if constexpr (!Unpack) {
-            const std::int64_t group_bytes = groups_ > 1 ? size_ * Bits / 8 : row_bytes_;
+            const std::int64_t group_bytes = groups_ > 1 ? size_ * a_.bits / 8 : row_bytes_;
             return {first, end, row_bytes_, group_bytes, group_bytes};
         } else {
             for (std::int64_t n = 0; n < count; ++n) {
@@ -135,7 +130,7 @@ class MatmulDriver {
         }
     }
 
-    void run_panel(std::int64_t n0, std::int64_t m0, std::int64_t m_rows, const Codes& codes, Carver memory) const {
+    void run_panel(std::int64_t n0, const Codes& codes, Carver memory) const {
         const std::int64_t count = smaller(panel_, a_.n - n0);
         PanelScales scales = take_panel_scales(memory, groups_);
         auto* acc = memory.take<std::int32_t>(acc_count());
@@ -143,23 +138,25 @@ class MatmulDriver {
         if (count % kStep != 0) std::memset(acc, 0, acc_count() * sizeof *acc);
         const Rows rows = rows_of(n0, count, memory.take<std::uint8_t>(Unpack ? panel_ * u_row_ : 0));
         if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, count, scales);
-        const std::uint32_t offset = 1u << (a_.bits - 1);
-        for (std::int64_t m = 0; m < m_rows;) {
-            const std::int64_t tile = m_rows - m >= 4 ? 4 : m_rows - m >= 2 ? 2 : 1;
+        for (std::int64_t m = 0; m < a_.m;) {
+            const std::int64_t left = a_.m - m, tile = ceil_div(left, ceil_div(left, kMaxTile));  // even tiles
             switch (tile) {
-                case 4: dot<4>(rows, count, codes, m, offset, acc); break;
-                case 2: dot<2>(rows, count, codes, m, offset, acc); break;
-                default: dot<1>(rows, count, codes, m, offset, acc);
+                case 4: dot<4>(rows, count, codes, m, acc); break;
+                case 3: dot<3>(rows, count, codes, m, acc); break;
+                case 2: dot<2>(rows, count, codes, m, acc); break;
+                default: dot<1>(rows, count, codes, m, acc);
             }
-            for (std::int64_t i = 0; i < tile; ++i) store(acc + i * groups_ * kPanel, scales, m0 + m + i, n0, count);
+            for (std::int64_t i = 0; i < tile; ++i) store(acc + i * groups_ * kPanel, scales, m + i, n0, count);
             m += tile;
         }
     }
 
     template <int MR>
-    void dot(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m, std::uint32_t offset,
-             std::int32_t* acc) const {
-        if (rows.bytes == L::vector_bytes) return dot_rows<Isa, Bits, MR, true>(rows, count, codes, m, offset, acc, kPanel);
+    void dot(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m, std::int32_t* acc) const {
+        const std::uint32_t offset = 1u << (a_.bits - 1);
+        if (rows.bytes == L::weight_bytes) {
+            return dot_rows<Isa, Bits, MR, true>(rows, count, codes, m, offset, acc, kPanel);
+        }
         dot_rows<Isa, Bits, MR>(rows, count, codes, m, offset, acc, kPanel);
     }
 
@@ -177,34 +174,49 @@ class MatmulDriver {
     }
 
     const Matmul& a_;
-    std::int64_t groups_, size_, row_bytes_, blocks_, q_group_, q_row_, u_group_, u_row_, panel_, m_block_;
+    std::int64_t groups_, size_, row_bytes_, blocks_, q_group_, q_row_, u_group_, u_row_, panel_;
     int threads_;
 };
 
+// Canonical rows in place, or, where groups are not whole vectors, of narrow ones.
 template <class Isa, int Bits>
-void matmul_packed(const Matmul& args) {
-    static_assert(Layout<typename Isa::Narrow, Bits>::vector_bytes == kGroupBytes);
+void matmul_in_place(const Matmul& args) {
     if (args.group_size % Layout<Isa, Bits>::block_codes == 0) return MatmulDriver<Isa, Bits, false>(args).run();
     MatmulDriver<typename Isa::Narrow, Bits, false>(args).run();
 }
 
 template <class Isa>
+void matmul_unpacked(const Matmul& args) {
+    if constexpr (Isa::spreads_in_registers) {
+        if (args.group_size % Layout<Isa, 8>::block_codes == 0) {
+            switch (args.bits) {
+                case 3: return MatmulDriver<Isa, 3, false>(args).run();
+                case 5: return MatmulDriver<Isa, 5, false>(args).run();
+                case 6: return MatmulDriver<Isa, 6, false>(args).run();
+                case 7: return MatmulDriver<Isa, 7, false>(args).run();
+            }
+        }
+    }
+    if (args.group_size % Layout<Isa, 8>::block_codes != 0 && args.group_size % kGroupBytes == 0) {
+        return MatmulDriver<typename Isa::Narrow, 8, true>(args).run();
+    }
+    MatmulDriver<Isa, 8, true>(args).run();
+}
+
+template <class Isa>
 void matmul(const Matmul& args) {
+    static_assert(Layout<typename Isa::Narrow, 2>::vector_bytes == kGroupBytes);
     if (args.m == 0 || args.n == 0) return;
-    if (args.m >= (args.path == Path::packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2)) {
+    const bool packed = args.path == Path::packed;
+    if (args.m >= (packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2)) {
         if (args.bits == 8) return PanelDriver<Isa, typename Isa::Tile8>(args).run();
         return PanelDriver<Isa, typename Isa::Tile>(args).run();
     }
-    if (args.path == Path::unpacked) {
-        if (args.group_size % Layout<Isa, 8>::block_codes != 0 && args.group_size % kGroupBytes == 0) {
-            return MatmulDriver<typename Isa::Narrow, 8, true>(args).run();
-        }
-        return MatmulDriver<Isa, 8, true>(args).run();
-    }
+    if (!packed) return matmul_unpacked<Isa>(args);
     switch (args.bits) {
-        case 2: return matmul_packed<Isa, 2>(args);
-        case 4: return matmul_packed<Isa, 4>(args);
-        default: return matmul_packed<Isa, 8>(args);
+        case 2: return matmul_in_place<Isa, 2>(args);
+        case 4: return matmul_in_place<Isa, 4>(args);
+        default: return matmul_in_place<Isa, 8>(args);
     }
 }
 

@@ -22,6 +22,7 @@ constexpr std::int64_t kMaxInFeatures = 131072;  // 2^17 products of two int8 co
 // Best first.
 const Kernels* const kTable[] = {
 #ifdef BYTELANE_X86
+    &avx512vbmi_kernels,
     &avx512vnni_kernels,
     &avx2_kernels,
 #endif
