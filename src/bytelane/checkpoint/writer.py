@@ -6,8 +6,10 @@ and on the disk is the folder renamed into place, so an interrupted or refused w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -85,7 +88,12 @@ class _Shards:
 
     def _flush(self) -> None:
         path = self._path(len(self.files))
-        save_file(self.pending, path, metadata={"format": "pt"})
+        try:
+            save_file(self.pending, path, metadata={"format": "pt"})
+        except SafetensorError as cause:  # its own class even for a full disk
+            found = re.search(r"os error (\d+)", str(cause))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, os.strerror(code) if found else str(cause), str(path)) from cause
         _sync(path)
         self.files.append(list(self.pending))
         self.total += self.pending_bytes
