@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fuzz
+import mutators
 from bytelane import errors
 from bytelane.checkpoint import exchange, expressions, open_checkpoint
 from bytelane.checkpoint.exchange import replace_folder
@@ -70,7 +71,7 @@ def test_patterns_that_writers_make_are_plain(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [p for p in fuzz.EVIL if p.count("(") and len(p) < 100 and p not in ("[", r"(?P<n")]
+    "pattern", [p for p in mutators.EVIL if p.count("(") and len(p) < 100 and p not in ("[", r"(?P<n")]
 )
 def test_patterns_that_may_not_end_are_not_plain(pattern: str) -> None:
     assert not is_plain(pattern)
