@@ -25,7 +25,7 @@ $(READY): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev,gguf]"
-	-$(BIN)/python -m pip install --quiet "ai-edge-litert>=2.3"
+	-$(BIN)/python -m pip install --quiet "ai-edge-litert>=2.3" "lm-eval>=0.4.9"
 	touch $@
 
 $(DEMO_READY): $(READY)

@@ -10,7 +10,6 @@ and streamers work as they do on any other.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from bytelane.cache import KVCacheChoice, install_kv_cache
 from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
+from bytelane.checkpoint.container import read_json
 from bytelane.decoder import FloatOps, install_decoder
 from bytelane.errors import (
     CheckpointError,
@@ -74,14 +74,9 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         RemoteCodeError: the checkpoint needs its own code and `trust_remote_code` is off.
     """
     file = directory / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelConfigError("the folder has no config.json", file=directory) from error
-    except (OSError, ValueError) as error:
-        raise ModelConfigError(f"not readable as JSON: {error}", file=file) from error
-    if not isinstance(raw, dict):
-        raise ModelConfigError(f"must be a JSON object, found {type(raw).__name__}", file=file)
+    if not file.exists():
+        raise ModelConfigError("the folder has no config.json", file=directory)
+    raw = read_json(file, ModelConfigError)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:

@@ -7,7 +7,6 @@ for each rule, because the package would either accept it or refuse it as a gene
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.utils.match import is_match, match_targets
 
+from bytelane.checkpoint.expressions import check_ends, compiled
 from bytelane.checkpoint.layout import Layout, ModuleLayout, Skeleton
 from bytelane.errors import (
     AsymmetricError,
@@ -107,10 +107,7 @@ def _check_patterns(patterns: Any, key: str, file: Path) -> None:
         raise ConfigError("must be a list of strings", file=file, tensor=key)
     for pattern in patterns:
         if pattern.startswith("re:"):
-            try:
-                re.compile(pattern.removeprefix("re:"))
-            except re.error as cause:
-                raise ConfigError(f"{pattern!r} is not a regular expression: {cause}", file=file, tensor=key) from cause
+            compiled(pattern.removeprefix("re:"), key, file)
 
 
 def _expand(name: str, group: Any, file: Path) -> Mapping[str, Any]:
@@ -195,6 +192,8 @@ def describe(raw: Mapping[str, Any], skeleton: Skeleton, shared: frozenset[str],
     schemes: dict[str, QuantizationScheme] = {}
     for group in config.config_groups.values():
         schemes.update(dict.fromkeys(group.targets, group))
+    patterns = [target.removeprefix("re:") for target in (*schemes, *ignore) if target.startswith("re:")]
+    check_ends(patterns, skeleton.quantizable, f"{_ROOT}.config_groups", file)
     modules = []
     for name, module in skeleton.quantizable.items():
         if name in shared or is_match(name, module, ignore):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bytelane.checkpoint.types import TensorInfo
 from bytelane.errors import (
-    ConfigError,
+    CheckpointError,
     FileFormatError,
     OverlappingTensorsError,
     ShardIndexError,
@@ -48,6 +48,9 @@ DTYPES: dict[str, torch.dtype] = {
 _MAX_HEADER_BYTES = 100_000_000
 """The longest header the safetensors format allows."""
 
+MAX_JSON_BYTES = _MAX_HEADER_BYTES
+"""The longest configuration or index that is read: a parser takes some twenty times a file's size in memory."""
+
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, refusing one that names a key twice: which of the two counts differs between readers."""
@@ -58,12 +61,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(file: Path, error: type[FileFormatError] | type[ConfigError]) -> dict[str, Any]:
+def read_json(file: Path, error: type[CheckpointError]) -> dict[str, Any]:
     """A JSON object from a file; `error` is raised when it is not one."""
+    if not file.exists():
+        raise error("the file does not exist", file=file)
+    if not file.is_file():  # opening a pipe would wait for a writer
+        raise error("not a file", file=file)
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise error(f"at most {MAX_JSON_BYTES} bytes are read as JSON, found {file.stat().st_size}", file=file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except FileNotFoundError as cause:
-        raise error("the file does not exist", file=file) from cause
     except (OSError, ValueError, RecursionError) as cause:
         raise error(f"not readable as JSON: {cause}", file=file) from cause
     if not isinstance(found, dict):
@@ -92,6 +99,13 @@ class _Span(NamedTuple):
     shape: list[int]
 
 
+def _span(name: str, entry: Any) -> _Span:
+    """A header's entry; anything that is not one raises one of the errors that `_diagnose` expects."""
+    begin, stop = (int(offset) for offset in entry["data_offsets"])
+    shape = [int(size) for size in entry["shape"]]
+    return _Span(begin, stop, name, str(entry["dtype"]), shape)
+
+
 def _diagnose(file: Path, cause: SafetensorError) -> FileFormatError:
     """Why safetensors refused a file, found by reading its header once more.
 
@@ -111,12 +125,8 @@ def _diagnose(file: Path, cause: SafetensorError) -> FileFormatError:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        spans: list[_Span] = sorted(
-            _Span(int(entry["data_offsets"][0]), int(entry["data_offsets"][1]), name, entry["dtype"], entry["shape"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         return FileFormatError(f"not a safetensors header: {error}", file=file)
     end = 0
     for begin, stop, name, dtype, shape in spans:
@@ -208,6 +218,10 @@ class TensorFiles:
     def _open(self, shard: str, weight_map: dict[str, str] | None) -> None:
         """Map one file and take in its headers."""
         file = self.directory / shard
+        if not file.is_file():  # opening a pipe would wait for a writer, and not even Ctrl-C would end that
+            raise FileFormatError("not a file", file=file)
+        if not lies_inside(file, self.directory):
+            raise FileFormatError("a link out of the folder", file=file)
         try:
             handle: Any = safe_open(file, framework="pt")
         except SafetensorError as cause:

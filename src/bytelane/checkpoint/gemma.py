@@ -18,6 +18,7 @@ from typing import Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from bytelane.checkpoint.expressions import check_ends, compiled
 from bytelane.checkpoint.layout import Layout, ModuleLayout, Skeleton
 from bytelane.errors import ConfigError, UnsupportedWidthError
 from bytelane.scheme import Kind, Storage
@@ -37,13 +38,6 @@ def _width(found: Any, key: str, file: Path) -> int:
     return int(found)
 
 
-def _compiled(pattern: str, key: str, file: Path) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as cause:
-        raise ConfigError(f"{pattern!r} is not a regular expression: {cause}", file=file, tensor=key) from cause
-
-
 def _widths(raw: Mapping[str, Any], file: Path) -> list[tuple[re.Pattern[str], int]]:
     """The ordered patterns of `module_quant_configs` with their widths."""
     key = f"{_ROOT}.module_quant_configs"
@@ -55,7 +49,7 @@ def _widths(raw: Mapping[str, Any], file: Path) -> list[tuple[re.Pattern[str], i
     for pattern, options in found.items():
         if not isinstance(options, dict) or set(options) - {"num_bits"}:
             raise ConfigError(f"must have num_bits and nothing else, found {options}", file=file, tensor=pattern)
-        widths.append((_compiled(pattern, key, file), _width(options.get("num_bits", default), pattern, file)))
+        widths.append((compiled(pattern, key, file), _width(options.get("num_bits", default), pattern, file)))
     widths.append((re.compile(""), default))
     return widths
 
@@ -67,7 +61,8 @@ def _left_out(raw: Mapping[str, Any], skeleton: Skeleton, file: Path) -> list[st
     if entries is not None and not (isinstance(entries, list) and all(isinstance(e, str) for e in entries)):
         raise ConfigError("must be a list of strings", file=file, tensor=key)
     for entry in entries or ():
-        _compiled(entry, key, file)
+        compiled(entry, key, file)
+    check_ends(entries or (), skeleton.modules, key, file)
     keep = getattr(skeleton.model, "_keep_in_fp32_modules", None)
     return list(HfQuantizer.get_modules_to_not_convert(skeleton.model, entries, keep))
 
@@ -86,6 +81,8 @@ def describe(raw: Mapping[str, Any], skeleton: Skeleton, shared: frozenset[str],
         UnsupportedWidthError: a width other than 2, 4 and 8.
     """
     widths = _widths(raw, file)
+    patterns = [pattern.pattern for pattern, _ in widths]
+    check_ends(patterns, skeleton.quantizable, f"{_ROOT}.module_quant_configs", file)
     left_out = _left_out(raw, skeleton, file)
     embeddings = raw.get("quantize_embeddings", False)
     if not isinstance(embeddings, bool):

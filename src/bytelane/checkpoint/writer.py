@@ -6,8 +6,10 @@ and on the disk is the folder renamed into place, so an interrupted or refused w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -16,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bytelane.checkpoint import compressed, gemma
 from bytelane.checkpoint.configuration import STORAGES, compressed_config, gemma_config, stored_as
 from bytelane.checkpoint.container import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, lies_inside
+from bytelane.checkpoint.exchange import replace_folder
 from bytelane.checkpoint.rows import stored_kv_scales, stored_tensors
 from bytelane.checkpoint.types import KVScales, QuantizedModule, QuantizedTensors
 from bytelane.errors import (
@@ -84,7 +88,12 @@ class _Shards:
 
     def _flush(self) -> None:
         path = self._path(len(self.files))
-        save_file(self.pending, path, metadata={"format": "pt"})
+        try:
+            save_file(self.pending, path, metadata={"format": "pt"})
+        except SafetensorError as cause:  # its own class even for a full disk
+            found = re.search(r"os error (\d+)", str(cause))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, os.strerror(code) if found else str(cause), str(path)) from cause
         _sync(path)
         self.files.append(list(self.pending))
         self.total += self.pending_bytes
@@ -223,22 +232,6 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"not overwritten: without a {CONFIG_NAME} it is no checkpoint", file=target)
 
 
-def _replace(staged: Path, target: Path) -> None:
-    """Put the finished folder in place of the target; the old one goes only after the new one is there."""
-    if not target.exists() or not any(target.iterdir()):
-        staged.rename(target)  # onto an empty folder too
-    else:
-        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-        target.rename(old)
-        try:
-            staged.rename(target)
-        except BaseException:  # Ctrl-C between the two renames must not leave the user without the old checkpoint
-            old.rename(target)
-            raise
-        shutil.rmtree(old)
-    _sync(target.parent)
-
-
 def write_checkpoint(
     directory: Path | str,
     *,
@@ -304,7 +297,8 @@ def write_checkpoint(
             # safetensors makes its files private; a checkpoint is as readable as the user's other files
             weights.chmod(stat.S_IMODE((staged / CONFIG_NAME).stat().st_mode))
         _sync(staged)
-        _replace(staged, target)
+        replace_folder(staged, target)
+        _sync(target.parent)
     except CheckpointError as error:
         raise error.within(target) from error
     finally:

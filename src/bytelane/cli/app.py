@@ -13,7 +13,7 @@ import sys
 import typer
 
 from bytelane.cli import compare as compare_command
-from bytelane.cli import inspect, make, run, serve
+from bytelane.cli import evaluate, inspect, make, run, serve
 from bytelane.cli import report as report_command
 from bytelane.cli import trace as trace_command
 from bytelane.cli import verify as verify_command
@@ -38,7 +38,7 @@ app.command("inspect")(inspect.inspect)
 app.command("explain")(inspect.explain)
 app.command("run")(run.run)
 app.command("chat")(run.chat)
-app.command("eval")(run.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.command("quantize")(make.quantize)
 app.command("convert")(make.convert)
 app.command("trace")(trace_command.trace)
@@ -73,6 +73,15 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(arguments, "Interrupted", "interrupted; nothing was left half-written", 130)
     except (OSError, MemoryError) as error:
         _fail(arguments, type(error).__name__, str(error) or "out of memory", 1)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        _fail(arguments, "MemoryError", f"out of memory: {error}", 1)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch that found no memory, on the CPU (a plain RuntimeError) or on a device."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _fail(arguments: list[str], kind: str, message: str, code: int) -> None:

@@ -1,12 +1,9 @@
-"""`run`, `chat` and `eval`: use a checkpoint."""
+"""`run` and `chat`: use a checkpoint."""
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,10 +19,8 @@ from bytelane.cli.output import (
     TrustOption,
     emit,
     emit_line,
-    progress,
     remarks,
     size,
-    table,
 )
 
 MaxTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")]
@@ -208,101 +203,3 @@ def _ask(json_output: bool) -> str | None:
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-
-
-def evaluate(
-    model: ModelArgument,
-    text: Annotated[list[Path], typer.Argument(help="Text files (.txt, .utf8, .jsonl) nobody calibrated on.")],
-    reference: Annotated[
-        str | None, typer.Option(help="A float model (folder or hub id) to put beside it; `--gguf` names a file in it.")
-    ] = None,
-    gguf: Annotated[str | None, typer.Option(help="The GGUF file in the reference's folder.")] = None,
-    emulated: Annotated[bool, typer.Option("--emulated", help="Also run the float emulation.")] = False,
-    window: Annotated[int, typer.Option(min=2, help="Tokens in a window; each window starts afresh.")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Read at most this many tokens.")] = 20_000,
-    split: Annotated[
-        str,
-        typer.Option(help="For files of `<doc>` elements: **evaluation** (every fourth), **calibration** or **all**."),
-    ] = "all",
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    overrides: OverridesOption = None,
-    json_output: JsonOption = False,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Perplexity on text, with the reference and the integer model side by side.
-
-    Every model reads the same windows. Lower is better; the ratio to the last row, which is the reference where there
-    is one, is what quantization costs. The loss in nats a token comes with its standard error, paired window by window.
-
-    Example: `bytelane eval ./my-model-w8a8o8 wiki.txt --reference ./my-model`
-    """
-    import torch
-
-    from bytelane.cli.common import check_split, load, parse_dtype, source_folder
-    from bytelane.evaluate import PerplexityResult, compare_results, perplexity
-    from bytelane.quantize.pipeline import load_float_model
-    from bytelane.quantize.text import read_files, windows
-
-    runs = ["integer", *(["emulated"] if emulated else [])]
-    results: list[dict[str, Any]] = []
-    scores: list[PerplexityResult] = []
-    made = None
-    for numerics in runs:
-        loaded, tokenizer, directory = load(
-            model,
-            numerics=numerics,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-        )
-        if made is None:
-            documents = read_files(text, check_split(split))
-            made = windows(tokenizer, documents, length=window, limit=max(1, max_tokens // window))
-        with progress(f"{numerics} perplexity") as report:
-            found = perplexity(loaded, made, progress=report)
-        results.append({"model": str(directory), "numerics": numerics, **asdict(found)})
-        scores.append(found)
-        del loaded
-    assert made is not None
-    if reference is not None:
-        float_model, _ = load_float_model(
-            source_folder(reference), gguf_file=gguf, dtype=parse_dtype(dtype) or torch.bfloat16, device=device
-        )
-        with progress("reference perplexity") as report:
-            found = perplexity(float_model, made, progress=report)
-        results.append({"model": reference, "numerics": str(float_model.dtype).removeprefix("torch."), **asdict(found)})
-        scores.append(found)
-    base = results[-1]["perplexity"]
-    for r, score in zip(results, scores, strict=True):
-        r["ratio"] = r["perplexity"] / base
-        paired = compare_results(scores[-1], score)
-        single = math.isnan(paired.standard_error)
-        r["nll_increase"], r["standard_error"] = paired.nll_increase, None if single else paired.standard_error
-    if json_output:
-        emit({"window": window, "results": results})
-        return
-    table(
-        f"perplexity, {window}-token windows, {results[0]['tokens']} predicted tokens",
-        ("model", "numerics", "perplexity", "ratio", "nats more a token", "tokens/s"),
-        [
-            (
-                r["model"],
-                r["numerics"],
-                f"{r['perplexity']:.3f}",
-                f"{r['ratio']:.3f}",
-                _increase(r) if r is not results[-1] else "-",
-                f"{r['tokens_per_second']:.0f}",
-            )
-            for r in results
-        ],
-        right=("perplexity", "ratio", "nats more a token", "tokens/s"),
-    )
-
-
-def _increase(row: dict[str, Any]) -> str:
-    error = row["standard_error"]
-    return f"{row['nll_increase']:+.4f}" + ("" if error is None else f" +- {error:.4f}")
