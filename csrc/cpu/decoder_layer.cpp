@@ -4,35 +4,41 @@
 #include <memory>
 
 namespace bytelane::cpu {
-namespace {
+Rows::Rows(std::int64_t m, std::int64_t width, Dtype dtype)
+    : size_(dtype == Dtype::float32 ? 4 : 2), width_(width),
+      memory_(std::make_unique_for_overwrite<std::uint8_t[]>(static_cast<std::size_t>(m * width * size_))) {}
 
-// Rows of T, freed with the call.
-class Rows {
-  public:
-    Rows(std::int64_t m, std::int64_t width, Dtype dtype)
-        : size_(dtype == Dtype::float32 ? 4 : 2), width_(width),
-          memory_(std::make_unique_for_overwrite<std::uint8_t[]>(static_cast<std::size_t>(m * width * size_))) {}
-
-    void* get() const { return memory_.get(); }
-    const void* column(std::int64_t first) const { return memory_.get() + first * size_; }
-    std::int64_t width() const { return width_; }
-
-  private:
-    std::int64_t size_, width_;
-    std::unique_ptr<std::uint8_t[]> memory_;
-};
-
-}  // namespace
-
-void DecoderLayer::project(const Projection& projection, const void* x, void* y, std::int64_t m, int threads) const {
+void DecoderLayer::project(const Projection& projection, const void* x, void* y, std::int64_t m, int threads,
+                           const std::int8_t* codes) const {
     if (projection.integer) {
         Matmul args = projection.matmul;
-        args.x = x, args.output.y = y, args.output.dtype = dtype_, args.m = m, args.threads = threads;
+        args.x = x, args.codes = codes, args.output.y = y, args.output.dtype = dtype_, args.m = m, args.threads = threads;
         return kernels_.matmul(args);
     }
     WeightOnly args = projection.weight_only;
     args.x = x, args.y = y, args.dtype = dtype_, args.m = m, args.threads = threads;
     kernels_.weight_only(args);
+}
+
+// Projections of one tensor that could not be merged (of other widths, say): those of the first one's input scale read
+// one set of codes.
+std::vector<Rows> DecoderLayer::project_all(const std::vector<Projection>& projections, const void* x, std::int64_t m,
+                                            int threads) const {
+    std::vector<Rows> made;
+    std::vector<std::int8_t> codes;
+    const Projection& first = projections.front();
+    const auto shares = [&](const Projection& p) {
+        return p.integer && first.integer && *p.matmul.output.input_scale == *first.matmul.output.input_scale;
+    };
+    if (projections.size() > 1 && shares(projections[1])) {
+        codes.resize(static_cast<std::size_t>(m * first.matmul.k));
+        kernels_.quantize({x, dtype_, m * first.matmul.k, first.matmul.output.input_scale, codes.data(), threads});
+    }
+    for (const Projection& p : projections) {
+        made.emplace_back(m, p.width(), dtype_);
+        project(p, x, made.back().get(), m, threads, !codes.empty() && shares(p) ? codes.data() : nullptr);
+    }
+    return made;
 }
 
 void DecoderLayer::normalize(const MaybeNorm& norm, const void* x, const void* residual, const float* scale, void* y,
@@ -53,11 +59,7 @@ void DecoderLayer::heads(const MaybeNorm& norm, const void* x, std::int64_t stri
 void DecoderLayer::before(const BeforeCall& call) const {
     const Rows n(call.m, shape_.hidden, dtype_);
     normalize(input, call.x, nullptr, nullptr, n.get(), call.m, call.threads);
-    std::vector<Rows> made;
-    for (const Projection& projection : qkv) {
-        made.emplace_back(call.m, projection.width(), dtype_);
-        project(projection, n.get(), made.back().get(), call.m, call.threads);
-    }
+    const std::vector<Rows> made = project_all(qkv, n.get(), call.m, call.threads);
     const auto finish = [&](const Columns& columns, const MaybeNorm& norm, bool rotate, std::int64_t count, void* y) {
         const Rows& from = made[columns.group];
         heads(norm, from.column(columns.first), from.width(), call, rotate, count, y);
@@ -115,11 +117,7 @@ void DecoderLayer::after(const AfterCall& call) const {
     normalize(post_attention, branch.get(), call.x, nullptr, stream.get(), m, threads);
     normalize(mlp, stream.get(), nullptr, nullptr, next.get(), m, threads);
     {
-        std::vector<Rows> made;
-        for (const Projection& projection : gate_up) {
-            made.emplace_back(m, projection.width(), dtype_);
-            project(projection, next.get(), made.back().get(), m, threads);
-        }
+        const std::vector<Rows> made = project_all(gate_up, next.get(), m, threads);
         const Rows &gates = made[gate.group], &ups = made[up.group];
         const std::int64_t width = down.integer ? down.matmul.k : down.weight_only.k;
         const Rows gated(m, width, dtype_);

@@ -1,6 +1,6 @@
 // One decoder layer of a language model as two native calls: all that comes before attention, and all from there on.
 //
-//     before      n = norm(x)                     q, k, v = n . Wq, n . Wk, n . Wv        one call where they are merged
+//     before      n = norm(x)                     q, k, v = n . Wq, n . Wk, n . Wv        n quantized once for one scale
 //                 q = rotary(norm(q))             k = rotary(norm(k))                     v = norm(v)
 //                 (the caller puts k and v into its cache)
 //     after       h = x + norm(attention(q, cache) . Wo)
@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.hpp"
@@ -94,6 +95,20 @@ struct StepCall {
     int threads;
 };
 
+// Rows of T, freed with the call.
+class Rows {
+  public:
+    Rows(std::int64_t m, std::int64_t width, Dtype dtype);
+
+    void* get() const { return memory_.get(); }
+    const void* column(std::int64_t first) const { return memory_.get() + first * size_; }
+    std::int64_t width() const { return width_; }
+
+  private:
+    std::int64_t size_, width_;
+    std::unique_ptr<std::uint8_t[]> memory_;
+};
+
 class DecoderLayer {
   public:
     DecoderLayer(const Kernels& kernels, Dtype dtype, const LayerShape& shape)
@@ -115,7 +130,10 @@ class DecoderLayer {
     Dtype dtype() const { return dtype_; }
 
   private:
-    void project(const Projection& projection, const void* x, void* y, std::int64_t m, int threads) const;
+    void project(const Projection& projection, const void* x, void* y, std::int64_t m, int threads,
+                 const std::int8_t* codes = nullptr) const;
+    std::vector<Rows> project_all(const std::vector<Projection>& projections, const void* x, std::int64_t m,
+                                  int threads) const;
     void normalize(const MaybeNorm& norm, const void* x, const void* residual, const float* scalar, void* y,
                    std::int64_t m, int threads) const;
     void store(const void* x, void* to, const float* scale, std::int64_t head_stride, std::int64_t token) const;

@@ -43,8 +43,8 @@ struct Requantize {
     int threads;
 };
 
-// y = requantize(quantize(x) . w), or, where `acc` is not null, the bare accumulators of `codes`; `x` and `output` are
-// not read then.
+// y = requantize(codes . w), or, where `acc` is not null, the bare accumulators; `output` is not read then. The codes are
+// those given, or, where `codes` is null, quantize(x).
 struct Matmul {
     const void* x;            // [M][K] of output.dtype
     const std::int8_t* codes; // [M][K]

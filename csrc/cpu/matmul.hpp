@@ -94,7 +94,7 @@ class MatmulDriver {
     // Row `m` of x to arranged codes.
     void load_codes(std::int64_t m, std::uint8_t* q, std::int32_t* sums, Carver memory) const {
         const std::int8_t* codes = a_.codes + m * a_.k;
-        if (a_.acc == nullptr) {
+        if (a_.codes == nullptr) {
             auto* fresh = memory.take<std::int8_t>(a_.k);
             const Dtype dtype = a_.output.dtype;
             const auto* x = static_cast<const std::uint8_t*>(a_.x) + m * a_.k * element_bytes(dtype);
