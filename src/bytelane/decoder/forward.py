@@ -293,6 +293,7 @@ def install_decoder(
         except NotSupportedError:
             continue
         layer.bytelane_forward = LayerForward(parts)
+        layer.bytelane_forward.native(model.dtype)  # merges projections now, and not in the middle of a first prompt
         # on the instance and as a bound method: the class is shared, and a deep copy binds its own
         layer.forward = types.MethodType(_forward, layer)
         installed += 1
