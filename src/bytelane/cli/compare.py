@@ -90,7 +90,9 @@ def _clipped(side: SideComparison) -> str:
 
 
 def _share(value: float) -> str:
-    return "0" if not value else f"{value:.2%}" if value >= 5e-4 else f"{value * 1e6:.0f} ppm"
+    if value >= 5e-4 or not value:
+        return f"{value:.2%}" if value else "0"
+    return f"{value * 1e6:.0f} ppm" if value >= 1e-6 else "< 1 ppm"
 
 
 def _used(side: SideComparison) -> str:
