@@ -21,7 +21,8 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-PROGRAMS = [pytest.param(b, id=f"{p.stem}-{i}") for p in PAGES for i, b in enumerate(blocks(p, "python"))]
+README = ROOT / "README.md"
+PROGRAMS = [pytest.param(b, id=f"{p.stem}-{i}") for p in [README, *PAGES] for i, b in enumerate(blocks(p, "python"))]
 COMMANDS = [pytest.param(b, id=f"{p.stem}-{i}") for p in PAGES for i, b in enumerate(blocks(p, "sh"))]
 
 
