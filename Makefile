@@ -13,7 +13,7 @@ DEMO_READY := $(VENV)/.demo-ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest check lint types pytest bench clean
+.PHONY: help setup demo test test-oldest check lint types pytest bench docs clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,5 +58,9 @@ pytest: $(READY)
 bench: $(READY) ## Time the linear kernels against the machine's limits and torch.
 	$(BIN)/python benchmarks/linear.py
 
+docs: $(READY) ## Build the documentation into site/, strictly.
+	$(BIN)/python -m pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove what setup and the demo made.
-	rm -rf $(VENV) .venv-oldest build demo-model .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build demo-model site .pytest_cache .mypy_cache .ruff_cache .hypothesis

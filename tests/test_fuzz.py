@@ -20,7 +20,7 @@ from bytelane import errors
 from bytelane.checkpoint import exchange, expressions, open_checkpoint
 from bytelane.checkpoint.exchange import replace_folder
 from bytelane.checkpoint.expressions import check_ends, compiled, is_plain
-from bytelane.models import load_config
+from bytelane.models import load_config, load_model
 from checkpoints import COMPRESSED, GEMMA, hand_made, skeleton_of
 
 NAMES = [f"model.layers.{i}.self_attn.q_proj" for i in range(40)]
@@ -142,6 +142,25 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(errors.ModelConfigError, match="not a file"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts", "depth"])
+@pytest.mark.parametrize("count", [1025, 2**31, 1e12])
+def test_absurd_counts_are_refused_before_anything_is_built(key: str, count: float, tmp_path: Path) -> None:
+    made = hand_made(COMPRESSED, 4)
+    made.config["vision_config"] = {key: count}
+    made.write(tmp_path)
+    with pytest.raises(errors.ModelConfigError, match=rf"vision_config\.{key}: at most 1024"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [["float32"], 2.5, "float64", "int8"])
+def test_odd_dtypes_are_refused(value: object, tmp_path: Path) -> None:
+    made = hand_made(COMPRESSED, 4)
+    made.config["dtype"] = value
+    made.write(tmp_path)
+    with pytest.raises(errors.CheckpointError):
+        load_model(tmp_path)
 
 
 # --- interrupted writes ------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from bytelane.cache import KVCacheChoice, install_kv_cache
 from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
 from bytelane.checkpoint.container import read_json
+from bytelane.checkpoint.plausible import check_counts
 from bytelane.decoder import FloatOps, install_decoder
+from bytelane.dispatch import FLOATS
 from bytelane.errors import (
     CheckpointError,
     FileFormatError,
@@ -77,9 +79,10 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     if not file.exists():
         raise ModelConfigError("the folder has no config.json", file=directory)
     raw = read_json(file, ModelConfigError)
+    check_counts(raw, file)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         if "auto_map" in raw and not trust_remote_code:
             raise RemoteCodeError(
                 "the model's code lies in the checkpoint; allow it with trust_remote_code if you trust its author",
@@ -117,16 +120,18 @@ def build_skeleton(
     Raises:
         ModelConfigError: transformers has no causal language model for it, or cannot build one from its values.
     """
+    chosen = dtype or config.dtype or torch.float32
+    if chosen not in FLOATS:
+        raise ModelConfigError(f"must be float32, bfloat16 or float16, found {chosen}", file=file, tensor="dtype")
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
     except (
         ValueError,
         TypeError,
-        KeyError,
+        LookupError,
         AttributeError,
+        AssertionError,
         RuntimeError,
         ArithmeticError,
         StrictDataclassError,

@@ -31,6 +31,9 @@ DEFAULT_BITS = 4
 
 _ROOT = "quantization_config"
 
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+"""What transformers puts behind an entry of `modules_to_not_convert`: an entry must compile, and end, with it."""
+
 
 def _width(found: Any, key: str, file: Path) -> int:
     if isinstance(found, bool) or found not in WIDTHS:
@@ -60,9 +63,10 @@ def _left_out(raw: Mapping[str, Any], skeleton: Skeleton, file: Path) -> list[st
     entries = raw.get("modules_to_not_convert")
     if entries is not None and not (isinstance(entries, list) and all(isinstance(e, str) for e in entries)):
         raise ConfigError("must be a list of strings", file=file, tensor=key)
-    for entry in entries or ():
+    wrapped = [f"(?:{entry}){_BOUNDARY}" for entry in entries or ()]
+    for entry in wrapped:
         compiled(entry, key, file)
-    check_ends(entries or (), skeleton.modules, key, file)
+    check_ends(wrapped, skeleton.modules, key, file)
     keep = getattr(skeleton.model, "_keep_in_fp32_modules", None)
     return list(HfQuantizer.get_modules_to_not_convert(skeleton.model, entries, keep))
 

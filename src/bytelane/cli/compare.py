@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bytelane.cli.output import DtypeOption, JsonOption, ThreadsOption, emit, progress, remarks, table, write_json
+from bytelane.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ThreadsOption,
+    emit,
+    progress,
+    remarks,
+    table,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from bytelane.report.compare import CompareResult, LayerComparison
@@ -39,6 +49,7 @@ def compare(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON, for `bytelane report`.")
     ] = None,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -65,6 +76,7 @@ def compare(
             window=window,
             max_tokens=max_tokens,
             dtype=parse_dtype(dtype),
+            device=device,
             with_sensitivity=sensitivity,
             progress=report,
         )
@@ -90,7 +102,9 @@ def _clipped(side: SideComparison) -> str:
 
 
 def _share(value: float) -> str:
-    return "0" if not value else f"{value:.2%}" if value >= 5e-4 else f"{value * 1e6:.0f} ppm"
+    if value >= 5e-4 or not value:
+        return f"{value:.2%}" if value else "0"
+    return f"{value * 1e6:.0f} ppm" if value >= 1e-6 else "< 1 ppm"
 
 
 def _used(side: SideComparison) -> str:

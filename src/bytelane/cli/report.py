@@ -33,6 +33,10 @@ def report(
         str | None, typer.Option(metavar="A", help="Compare with this model first, as `bytelane compare A MODEL` does.")
     ] = None,
     text: TextOption = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(help="With --reference: one short run of A more for each layer, for what each does."),
+    ] = True,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also time the model here: a prompt, then 32 tokens.")
     ] = False,
@@ -64,7 +68,7 @@ def report(
         subjects = Subject.parse(reference), Subject.parse(model)
         with progress("comparing") as advance:
             result = compare_subjects(
-                *subjects, text_files=text, dtype=parse_dtype(dtype), with_sensitivity=True, progress=advance
+                *subjects, text_files=text, dtype=parse_dtype(dtype), with_sensitivity=sensitivity, progress=advance
             )
         found = comparison_json(*subjects, result)
     speed = measure_speed(resolve_checkpoint(model)) if measure else None

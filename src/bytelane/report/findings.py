@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from dataclasses import asdict
 from typing import Any
 
@@ -18,18 +19,22 @@ WEAK = 10.0
 """dB: and a layer whose own output is noisier than this."""
 
 
+def _count(found: Sized, what: str) -> str:
+    return f"{len(found)} {what}" + ("" if len(found) == 1 else "s")
+
+
 def findings(result: CompareResult) -> list[str]:
     """What a person should look at, worst kinds first, one sentence each."""
     found = []
     sides = [(layer, side, getattr(layer, side)) for layer in result.layers for side in ("input", "output")]
     broken = [layer.name for layer, _, side in sides if side.non_finite]
     if broken:
-        found.append(f"{len(broken)} sides hold NaN or infinity, first {broken[0]}")
+        found.append(f"{_count(broken, 'side')} hold NaN or infinity, first {broken[0]}")
     clipped = [(side.b.clipped, layer.name, which) for layer, which, side in sides if side.b.clipped > CLIPPED]
     if clipped:
         share, name, which = max(clipped)
         found.append(
-            f"{len(clipped)} sides clip more than {CLIPPED:.0%} of their values, "
+            f"{_count(clipped, 'side')} clip more than {CLIPPED:.0%} of their values, "
             f"most {share:.1%} at the {which} of {name}"
         )
     wasted = [
@@ -40,12 +45,13 @@ def findings(result: CompareResult) -> list[str]:
     if wasted:
         used, name, which = min(wasted)
         found.append(
-            f"{len(wasted)} sides use less than {WASTED:.0%} of their range, least {used:.1%} at the {which} of {name}"
+            f"{_count(wasted, 'side')} use less than {WASTED:.0%} of their range, "
+            f"least {used:.1%} at the {which} of {name}"
         )
     weak = [layer for layer in result.layers if layer.alone is not None and layer.alone < WEAK]
     if weak:
         worst = min(weak, key=lambda layer: layer.alone or 0.0)
-        found.append(f"{len(weak)} layers alone are under {WEAK:.0f} dB, worst {worst.name} with {worst.alone:.1f} dB")
+        found.append(f"{_count(weak, 'layer')} alone under {WEAK:.0f} dB, worst {worst.name} with {worst.alone:.1f} dB")
     return found
 
 

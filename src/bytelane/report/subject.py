@@ -61,17 +61,17 @@ class Subject:
         """Short, for tables: the folder's name and the runtime."""
         return f"{Path(self.model).name}@{self.runtime}"
 
-    def load(self, dtype: torch.dtype | None, progress: Progress | None = None) -> PreTrainedModel:
-        """The model, in eval mode; a float model is bfloat16 unless another dtype is given.
+    def load(self, dtype: torch.dtype | None, device: str = "cpu") -> PreTrainedModel:
+        """The model on a device, in eval mode; a float model is bfloat16 unless another dtype is given.
 
         Raises:
             CheckpointError: the checkpoint is refused.
         """
         if self.runtime == "float":
-            return load_float_model(_float_folder(self.model), dtype=dtype or torch.bfloat16)[0]
+            return load_float_model(_float_folder(self.model), dtype=dtype or torch.bfloat16, device=device)[0]
         if self.runtime == "transformers":
-            return load_way(Way(self.model, self.runtime), dtype)
-        return load_model(self.model, numerics=self.runtime, dtype=dtype, text_only=True, progress=progress)
+            return load_way(Way(self.model, self.runtime), dtype).to(device)
+        return load_model(self.model, numerics=self.runtime, dtype=dtype, device=device, text_only=True)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -136,6 +136,7 @@ def compare_subjects(
     window: int = 256,
     max_tokens: int = 4096,
     dtype: torch.dtype | None = None,
+    device: str = "cpu",
     with_sensitivity: bool = False,
     progress: Progress | None = None,
 ) -> CompareResult:
@@ -149,6 +150,7 @@ def compare_subjects(
         window: tokens in a window.
         max_tokens: read at most this many tokens.
         dtype: of activations; None for each model's own.
+        device: where both run.
         with_sensitivity: see `bytelane.report.compare.sensitivity`; read on the first tokens of the first window.
         progress: called with steps done and steps in all: windows, then layers.
 
@@ -157,7 +159,7 @@ def compare_subjects(
         QuantizeError: the text is of no use.
     """
     made = text_windows(second.tokenizer(), text_files, split=split, window=window, max_tokens=max_tokens)
-    a, b = first.load(dtype), second.load(dtype)
+    a, b = first.load(dtype, device), second.load(dtype, device)
     result = compare_models(a, b, made, progress=progress)
     if not with_sensitivity:
         return result

@@ -30,7 +30,7 @@ function bytes(n) {
   return `${n.toFixed(2)} GB`;
 }
 const number = (v, digits = 3) => (v === null || v === undefined ? "–" : Number(v.toPrecision(digits)).toString());
-const percent = (v) => (v === null || v === undefined ? "–" : v === 0 ? "0" : v >= 5e-4 ? `${(100 * v).toFixed(2)} %` : `${Math.round(v * 1e6)} ppm`);
+const percent = (v) => (v === null || v === undefined ? "–" : v === 0 ? "0" : v >= 5e-4 ? `${(100 * v).toFixed(2)} %` : v >= 1e-6 ? `${Math.round(v * 1e6)} ppm` : "< 1 ppm");
 const decibels = (layer, v) => (!layer.measured ? "–" : v === null ? "equal" : v.toFixed(1));
 const color = (bits) => `var(--b${bits >= 2 && bits <= 8 ? bits : "x"})`;
 
