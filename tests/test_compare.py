@@ -144,10 +144,11 @@ def test_equal_models_are_equal(folders: tuple[Path, Path]) -> None:
 
 def test_integer_and_emulated_part_where_trace_says() -> None:
     ids = [torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(0))]
-    models = [Subject.parse(f"{GEMMA}@{n}").load(torch.bfloat16) for n in ("integer", "emulated", "transformers")]
-    result = compare_models(models[0], models[1], ids)
+    integer, emulated, theirs = (Subject.parse(f"{GEMMA}@{n}") for n in ("integer", "emulated", "transformers"))
+    result = compare_models(integer.load(torch.bfloat16), emulated.load(torch.bfloat16), ids)
     assert result.first_difference == ("model.layers.0.self_attn.q_proj", "output")
-    same = compare_models(models[1], models[2], ids)
+    torchs = [subject.load(torch.bfloat16, native=False) for subject in (emulated, theirs)]
+    same = compare_models(*torchs, ids)
     assert same.first_difference is None
     assert {layer.scheme_a: layer.scheme_b for layer in same.layers}.items() >= {"w4a8o8": "w4a8o8"}.items()
     assert all(layer.scheme_a == layer.scheme_b for layer in same.layers)

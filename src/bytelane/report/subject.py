@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bytelane.decoder import install_decoder
 from bytelane.errors import ConfigError
 from bytelane.generation import load_tokenizer
 from bytelane.models import load_model, resolve_checkpoint
@@ -61,8 +62,14 @@ class Subject:
         """Short, for tables: the folder's name and the runtime."""
         return f"{Path(self.model).name}@{self.runtime}"
 
-    def load(self, dtype: torch.dtype | None, device: str = "cpu") -> PreTrainedModel:
-        """The model on a device, in eval mode; a float model is bfloat16 unless another dtype is given.
+    def load(self, dtype: torch.dtype | None, device: str = "cpu", *, native: bool = True) -> PreTrainedModel:
+        """The model on a device, in eval mode.
+
+        Args:
+            dtype: of activations; None for the model's own, bfloat16 for a float model.
+            device: where it goes.
+            native: what lies between the layers is bytelane's where it can be, in either numerics, so that two of them
+                differ in the layers' arithmetic alone; otherwise it is torch's, as in transformers' own runtime.
 
         Raises:
             CheckpointError: the checkpoint is refused.
@@ -71,7 +78,12 @@ class Subject:
             return load_float_model(_float_folder(self.model), dtype=dtype or torch.bfloat16, device=device)[0]
         if self.runtime == "transformers":
             return load_way(Way(self.model, self.runtime), dtype).to(device)
-        return load_model(self.model, numerics=self.runtime, dtype=dtype, device=device, text_only=True)
+        model = load_model(
+            self.model, numerics=self.runtime, dtype=dtype, device=device, text_only=True, float_ops="torch"
+        )
+        if native:
+            install_decoder(model)
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -159,7 +171,8 @@ def compare_subjects(
         QuantizeError: the text is of no use.
     """
     made = text_windows(second.tokenizer(), text_files, split=split, window=window, max_tokens=max_tokens)
-    a, b = first.load(dtype, device), second.load(dtype, device)
+    native = "transformers" not in (first.runtime, second.runtime)
+    a, b = (subject.load(dtype, device, native=native) for subject in (first, second))
     result = compare_models(a, b, made, progress=progress)
     if not with_sensitivity:
         return result
