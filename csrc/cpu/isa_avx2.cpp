@@ -18,6 +18,7 @@
 #include "dense.hpp"
 #include "embedding.hpp"
 #include "float_ops.hpp"
+#include "limits.hpp"
 #include "matmul.hpp"
 #include "weight_digits.hpp"
 #include "x86_floats.hpp"
@@ -448,6 +449,6 @@ bool supported() {
 const Kernels avx2_kernels = {"avx2",          supported,         quantize<Avx2>,  requantize<Avx2>,
                               matmul<Avx2>,    weight_only<Avx2>, embedding<Avx2>, norm_rows<Avx2>,
                               head_rows<Avx2>, gate_rows<Avx2>,   add_rows<Avx2>,  store_codes<Avx2>,
-                              attention<Avx2>, dense<Avx2>};
+                              attention<Avx2>, dense<Avx2>, peak_dots<Avx2>, read_all<Avx2>};
 
 }  // namespace bytelane::cpu

@@ -12,6 +12,7 @@
 #include "dense.hpp"
 #include "embedding.hpp"
 #include "float_ops.hpp"
+#include "limits.hpp"
 #include "matmul.hpp"
 #include "weight_digits.hpp"
 #include "x86_floats.hpp"
@@ -363,7 +364,7 @@ constexpr Kernels kTable = {kVbmi ? "avx512vbmi" : "avx512vnni",
                             add_rows<Avx512Vnni>,
                             store_codes<Avx512Vnni>,
                             attention<Avx512Vnni>,
-                            dense<Avx512Vnni>};
+                            dense<Avx512Vnni>, peak_dots<Avx512Vnni>, read_all<Avx512Vnni>};
 
 #ifdef __AVX512VBMI__
 const Kernels avx512vbmi_kernels = kTable;

@@ -9,6 +9,7 @@
 #include "dense.hpp"
 #include "embedding.hpp"
 #include "float_ops.hpp"
+#include "limits.hpp"
 #include "matmul.hpp"
 #include "weight_digits.hpp"
 
@@ -226,6 +227,6 @@ const Kernels portable_kernels = {"portable",       supported,
                                   embedding<Portable>, norm_rows<Portable>,
                                   head_rows<Portable>, gate_rows<Portable>,
                                   add_rows<Portable>, store_codes<Portable>,
-                                  attention<Portable>, dense<Portable>};
+                                  attention<Portable>, dense<Portable>, peak_dots<Portable>, read_all<Portable>};
 
 }  // namespace bytelane::cpu

@@ -193,6 +193,19 @@ struct Attention {
     int threads;
 };
 
+// Multiply-adds of codes of `bits` bits at the best rate there is: see limits.hpp.
+struct PeakDots {
+    int bits;
+    std::int64_t repeats;
+    int threads;
+};
+
+struct ReadAll {
+    const std::uint64_t* words;
+    std::int64_t bytes;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     bool (*supported)();
@@ -208,6 +221,8 @@ struct Kernels {
     void (*store_codes)(const StoreCodes&);
     void (*attention)(const Attention&);
     void (*dense)(const Dense&);
+    std::int64_t (*peak_dots)(const PeakDots&);
+    std::uint64_t (*read_all)(const ReadAll&);
 };
 
 extern const Kernels avx512vbmi_kernels;

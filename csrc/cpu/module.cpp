@@ -4,6 +4,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -99,6 +104,27 @@ void check_ids(const Id* ids, std::int64_t count, std::int64_t rows) {
     }
 }
 
+// Advice for the whole pages of a range: what the kernel makes of it changes no byte, so it may say no.
+void advise_huge_pages(std::uintptr_t address, std::int64_t size) {
+#ifdef MADV_HUGEPAGE
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const std::uintptr_t first = (address + page - 1) / page * page;
+    const std::uintptr_t end = (address + static_cast<std::uintptr_t>(size)) / page * page;
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    static_cast<void>(address), static_cast<void>(size);
+#endif
+}
+
+std::int64_t call_peak_dots(int isa, int bits, std::int64_t repeats, int threads) {
+    if (bits < 2 || bits > 8) refuse("bits must be 2..8, found " + std::to_string(bits));
+    return kernels(isa).peak_dots({bits, repeats, at_least_one(threads)});
+}
+
+std::uint64_t call_read_all(int isa, std::uintptr_t words, std::int64_t bytes, int threads) {
+    return kernels(isa).read_all({pointer<const std::uint64_t>(words), bytes, at_least_one(threads)});
+}
+
 void call_quantize(int isa, std::uintptr_t x, int dtype, std::int64_t count, std::uintptr_t input_scale,
                    std::uintptr_t q, int threads) {
     kernels(isa).quantize({pointer<const void>(x), dtype_of(dtype), count, pointer<const float>(input_scale),
@@ -189,6 +215,9 @@ NB_MODULE(_native, m) {
         }
         return false;
     });
+    m.def("advise_huge_pages", advise_huge_pages);
+    m.def("peak_dots", call_peak_dots, Free());
+    m.def("read_all", call_read_all, Free());
     m.def("quantize", call_quantize, Free());
     m.def("accumulate", call_accumulate, Free());
     m.def("requantize", call_requantize, Free());

@@ -12,6 +12,7 @@ import sys
 
 import typer
 
+from bytelane.cli import bench as bench_command
 from bytelane.cli import compare as compare_command
 from bytelane.cli import evaluate, inspect, make, run, serve
 from bytelane.cli import report as report_command
@@ -34,6 +35,7 @@ Start with `bytelane inspect MODEL`, then `bytelane chat MODEL`. Every command t
 """,
 )
 
+app.add_typer(bench_command.bench, name="bench")
 app.command("inspect")(inspect.inspect)
 app.command("explain")(inspect.explain)
 app.command("run")(run.run)

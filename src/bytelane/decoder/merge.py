@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bytelane.layers import QuantLinear
+from bytelane.memory import streamed_cat
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def _block(tensors: list[Tensor]) -> Tensor:
     first, at = tensors[0], tensors[0].data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != at or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(tensors)
+            return streamed_cat(tensors)
         at += tensor.nbytes
     rows = sum(tensor.shape[0] for tensor in tensors)
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

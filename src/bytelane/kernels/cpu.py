@@ -96,6 +96,17 @@ def _weight_address(weight: Tensor, in_features: int, num_bits: int) -> int:
     return _address(weight, torch.uint8, weight.shape[0] * ((in_features * num_bits + 7) // 8), "weight rows")
 
 
+def peak_dots(num_bits: int, repeats: int, *, isa: str) -> int:
+    """Do dots of operands that stay in the first-level cache; how many multiply-adds that was."""
+    return _native.peak_dots(isa_code(isa), num_bits, repeats, torch.get_num_threads())
+
+
+def read_all(tensor: Tensor, *, isa: str) -> None:
+    """Read every byte of a contiguous tensor whose size is a multiple of 8 bytes."""
+    address = _address(tensor, tensor.dtype, tensor.numel(), "tensor")
+    _native.read_all(isa_code(isa), address, tensor.nbytes, torch.get_num_threads())
+
+
 def quantize(x: Tensor, scale: Tensor, *, isa: str) -> Tensor:
     """See `numerics.quantize`."""
     dtype = dtype_code(x.dtype)
