@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedTokenizerFast
-from transformers.masking_utils import eager_mask
+from transformers import DynamicCache
 from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
 import bytelane
 import oracle
 import tiny
-from bytelane import QuantLinear, errors
+from bytelane import errors
 from bytelane.cache import (
     Int8Cache,
     Int8Layer,
@@ -40,23 +38,16 @@ from bytelane.cache import (
     rewind,
 )
 from bytelane.checkpoint import KVScales
-from bytelane.generation import ChatSession, encode
 from bytelane.kernels.float_ops import dequantize
-from bytelane.sampling import Sampling
 from bytelane.scheme import LinearScheme, WeightScheme
+from rowwise import gemma, row_by_row
 
-GEMMA = Path(__file__).parent / "data" / "gemma4-tiny-mobile"
 WINDOW = 16
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gemma(**options: Any) -> Any:
-    # torch's attention, which reads dequantized floats: what an oracle's float cache can be compared with
-    return bytelane.load_model(GEMMA, dtype=options.pop("dtype", torch.float32), **{"float_ops": "torch", **options})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,51 +68,6 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scales = {"model.layers.0.self_attn": KVScales(0.011, 0.007)}
     tiny.write_random(folder, config, plan, kv_scales=scales)
     return folder
-
-
-# --- float operations that treat every row alone ------------------------------------------------------------------
-
-
-def _attention_per_query(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Each query alone, over the keys it may see and no others, in float64."""
-    out = torch.zeros(query.shape, dtype=query.dtype)
-    for b, h, t in np.ndindex(*query.shape[:3]):
-        seen = attention_mask[b, 0, t] == 0
-        group = h * key.shape[1] // query.shape[1]
-        k, v = key[b, group][seen].double(), value[b, group][seen].double()
-        weights = torch.softmax((k * query[b, h, t].double()).sum(-1) * scaling, 0)
-        out[b, h, t] = (weights[:, None] * v).sum(0).to(query.dtype)
-    return out.transpose(1, 2), None
-
-
-class RowLinear(nn.Module):
-    """A linear, one row at a time."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = [self.linear(row[None]) for row in x.reshape(-1, x.shape[-1])]
-        return torch.cat(rows).reshape(*x.shape[:-1], -1)
-
-
-def row_by_row(model: Any) -> Any:
-    AttentionInterface.register("per_query", _attention_per_query)
-    AttentionMaskInterface.register("per_query", eager_mask)
-    model.set_attn_implementation("per_query")
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear or (isinstance(module, QuantLinear) and module.input_scale is None):
-            model.set_submodule(name, RowLinear(module))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -505,115 +451,3 @@ def test_a_copied_cache_goes_on_by_itself() -> None:
     assert twin.get_seq_length() == 20
     assert torch.equal(forward(model, tokens(1, 3, seed=1), twin), found)
     assert same_codes(cache, twin)
-
-
-# --- chats --------------------------------------------------------------------------------------------------------
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
-)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, so that an answer read back gives the tokens that were written."""
-    vocab = {"<pad>": 0, "</s>": 1, "<s>": 2, "<u>": 3, "<a>": 4} | {f"w{i}": i for i in range(5, 512)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
-    )
-
-
-class Prefills:
-    """The number of tokens of every call of a model."""
-
-    def __init__(self, model: Any) -> None:
-        self.sizes: list[int] = []
-        embedding = model.get_input_embeddings()
-        self.handle = embedding.register_forward_hook(lambda _, args, out: self.sizes.append(args[0].shape[-1]))
-
-    def take(self) -> list[int]:
-        sizes, self.sizes = self.sizes, []
-        return sizes
-
-
-@pytest.fixture
-def prefills(rowwise: Any) -> Iterator[Prefills]:
-    found = Prefills(rowwise)
-    yield found
-    found.handle.remove()
-
-
-ASK = {"max_new_tokens": 5, "sampling": Sampling(greedy=True)}
-
-
-def from_scratch(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    fresh = ChatSession(model, tokenizer)
-    fresh.messages = messages[:-1]
-    return fresh.ask(messages[-1]["content"], **ASK)[0]
-
-
-def test_turns_read_only_what_is_new(rowwise: Any, prefills: Prefills) -> None:
-    """Three turns, to beyond the window: each equals the same turn from scratch and reads only its new tokens."""
-    tokenizer, session = word_tokenizer(), ChatSession(rowwise, word_tokenizer())
-    for turn, text in enumerate(["w10 w11 w12", "w20 w21", "w30 w31 w32 w33"]):
-        asked = [*session.messages, {"role": "user", "content": text}]
-        length = encode(tokenizer, asked).shape[1]
-        answer, stats = session.ask(text, **ASK)
-        # A turn's prompt is its message and two role tokens; the previous answer's last token was never run, either.
-        new = len(text.split()) + 2 + (1 if turn else 0)
-        assert prefills.take() == [new] + [1] * (stats.new_tokens - 1)
-        assert (stats.prompt_tokens, stats.read_tokens, stats.restarted) == (length, new, False)
-        assert answer == from_scratch(rowwise, tokenizer, asked)
-        prefills.take()
-        assert session.messages[-1] == {"role": "assistant", "content": answer}
-    assert length > WINDOW
-    session.messages[-1]["content"] = "w7"
-    answer, stats = session.ask("w40", **ASK)
-    assert (stats.restarted, stats.reused_tokens) == (True, 0)
-    assert prefills.take()[0] == stats.prompt_tokens
-    assert answer == from_scratch(rowwise, tokenizer, session.messages[:-1])
-    session.reset()
-    prefills.take()
-    _, stats = session.ask("w10", **ASK)
-    assert (prefills.take()[0], stats.reused_tokens, stats.restarted) == (3, 0, False)
-
-
-def test_a_changed_history_is_cut_back_to_what_it_shares(llama_folder: Path) -> None:
-    model = row_by_row(bytelane.load_model(llama_folder))
-    tokenizer, session = word_tokenizer(), ChatSession(model, word_tokenizer(), system="w9")
-    counted = Prefills(model)
-    session.ask("w10 w11 w12", **ASK)
-    session.ask("w20 w21", **ASK)
-    session.messages[2]["content"] = "w5 w6"
-    counted.take()
-    answer, stats = session.ask("w50", **ASK)
-    kept = encode(tokenizer, session.messages[:2]).shape[1]
-    assert (stats.reused_tokens, stats.restarted) == (kept, False)
-    assert counted.take()[0] == stats.prompt_tokens - kept
-    counted.handle.remove()
-    assert answer == from_scratch(model, tokenizer, session.messages[:-1])
-
-
-def test_the_same_prompt_again_runs_its_last_token(llama_folder: Path) -> None:
-    session = ChatSession(bytelane.load_model(llama_folder), word_tokenizer())
-    first, _ = session.ask("w10 w11 w12", **ASK)
-    session.messages = []
-    again, stats = session.ask("w10 w11 w12", **ASK)
-    assert (again, stats.read_tokens) == (first, 1)
-
-
-def test_a_failed_turn_leaves_the_conversation_and_no_cache(llama_folder: Path) -> None:
-    session = ChatSession(bytelane.load_model(llama_folder), word_tokenizer())
-    session.ask("w10 w11", **ASK)
-    before = list(session.messages)
-
-    def fail(_: str) -> None:
-        raise RuntimeError("the terminal went away")
-
-    with pytest.raises(RuntimeError, match="terminal"):
-        session.ask("w12", on_text=fail, **ASK)
-    assert session.messages == before
-    _, stats = session.ask("w12", **ASK)
-    assert (stats.reused_tokens, stats.restarted) == (0, False)
