@@ -139,6 +139,35 @@ def test_run_samples_with_a_seed(capsys: pytest.CaptureFixture[str], quantized: 
     assert call_json(capsys, *options)["text"] == call_json(capsys, *options)["text"]
 
 
+def test_run_chooses_the_cache_and_the_float_operations(capsys: pytest.CaptureFixture[str], quantized: Path) -> None:
+    _, page, _ = call(capsys, "run", "--help")
+    assert "--kv-cache" in page
+    assert "--float-ops" in page
+    assert "--numerics" in page
+    options = ("run", quantized, "Hello", "--greedy", "-n", "3")
+    found = call_json(capsys, *options)
+    assert (found["numerics"], found["kv_cache"], found["float_ops"]) == ("integer", "float", "native")
+    assert call_json(capsys, *options, "--float-ops", "torch")["float_ops"] == "torch"
+    for option, said in (("--float-ops", "auto, native or torch"), ("--kv-cache", "auto, int8 or float")):
+        code, _, err = call(capsys, *options, option, "fast")
+        assert code == 2
+        assert said in " ".join(err.replace("│", " ").split())
+    code, _, err = call(capsys, *options, "--kv-cache", "int8")
+    assert code == 2
+    assert "MissingTensorError" in err
+
+
+def test_the_int8_cache_is_a_choice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tiny.config("llama", vocab_size=300)
+    scales = {"model.layers.0.self_attn": KVScales(0.03, 0.04)}
+    tiny.write_random(tmp_path, config, tiny.default_schemes(config), kv_scales=scales)
+    byte_tokenizer().save_pretrained(tmp_path)
+    options = ("run", tmp_path, "Hello", "--greedy", "-n", "3")
+    assert call_json(capsys, *options)["kv_cache"] == "int8"
+    assert call_json(capsys, *options, "--kv-cache", "float")["kv_cache"] == "float"
+    assert call_json(capsys, *options, "--numerics", "emulated")["kv_cache"] == "float"
+
+
 def test_chat_reads_lines_and_remembers(
     capsys: pytest.CaptureFixture[str], quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

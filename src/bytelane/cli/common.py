@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from bytelane.cache import KVCacheChoice
+from bytelane.cli.options import RunOptions
 from bytelane.cli.output import progress
+from bytelane.decoder import FloatOps
 from bytelane.generation import load_tokenizer
 from bytelane.models import load_model, resolve_checkpoint
 from bytelane.quantize.text import Split
+from bytelane.scheme import Numerics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,18 +38,16 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def check_numerics(name: str) -> str:
-    """A `--numerics`, refused if it is neither."""
-    if name not in ("integer", "emulated"):
-        raise typer.BadParameter(f"must be integer or emulated, found {name}", param_hint="--numerics")
+def check_choice(option: str, name: str, choices: Sequence[str]) -> str:
+    """An option's value, refused if it is none of its choices."""
+    if name not in choices:
+        raise typer.BadParameter(f"must be {', '.join(choices[:-1])} or {choices[-1]}, found {name}", param_hint=option)
     return name
 
 
 def check_split(name: str) -> Split:
     """A `--split`, refused if it is none of the three."""
-    if name not in get_args(Split):
-        raise typer.BadParameter(f"must be one of {', '.join(get_args(Split))}, found {name}", param_hint="--split")
-    return cast(Split, name)
+    return cast(Split, check_choice("--split", name, get_args(Split)))
 
 
 def source_folder(source: str) -> Path:
@@ -59,31 +62,27 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load(
-    model: str,
-    *,
-    numerics: str,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
-    overrides: Path | None,
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+def load(model: str, options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """A model, its tokenizer and its folder, with a progress bar. Commands read text only, so towers are left out."""
     quiet()
-    set_threads(threads)
-    check_numerics(numerics)
-    chosen_dtype = parse_dtype(dtype)
+    set_threads(options.threads)
+    numerics = check_choice("--numerics", options.numerics, [n.value for n in Numerics])
+    kv_cache = cast(KVCacheChoice, check_choice("--kv-cache", options.kv_cache, get_args(KVCacheChoice)))
+    float_ops = cast(FloatOps, check_choice("--float-ops", options.float_ops, get_args(FloatOps)))
+    dtype = parse_dtype(options.dtype)
     directory = resolve_checkpoint(model)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    arguments: dict[str, Any] = {"numerics": numerics, "dtype": chosen_dtype, "device": device}
+    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
     with progress("loading") as report:
         loaded = load_model(
             directory,
             text_only=True,
-            overrides=overrides,
+            device=options.device,
+            dtype=dtype,
+            numerics=numerics,
+            kv_cache=kv_cache,
+            float_ops=float_ops,
+            overrides=options.overrides,
+            trust_remote_code=options.trust_remote_code,
             progress=report,
-            trust_remote_code=trust_remote_code,
-            **arguments,
         )
     return loaded, tokenizer, directory

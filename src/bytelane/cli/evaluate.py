@@ -6,24 +6,21 @@ import math
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from bytelane.cli.options import LoadOptions, RunOptions, spread
 from bytelane.cli.output import (
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
-    OverridesOption,
-    ThreadsOption,
-    TrustOption,
     emit,
     progress,
     table,
 )
 
 
+@spread
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -49,12 +46,9 @@ def evaluate(
         str,
         typer.Option(help="For files of `<doc>` elements: **evaluation** (every fourth), **calibration** or **all**."),
     ] = "all",
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    overrides: OverridesOption = None,
+    *,
+    options: LoadOptions,
     json_output: JsonOption = False,
-    trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity on text, with the reference and the integer model side by side.
 
@@ -73,11 +67,7 @@ def evaluate(
             tasks,
             reference,
             numerics=["integer", *(["emulated"] if emulated else [])],
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
+            load=options,
             options={"include": include or (), "limit": limit, "few_shot": few_shot, "batch_size": batch_size},
             json_output=json_output,
         )
@@ -96,15 +86,7 @@ def evaluate(
     scores: list[PerplexityResult] = []
     made = None
     for numerics in runs:
-        loaded, tokenizer, directory = load(
-            model,
-            numerics=numerics,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-        )
+        loaded, tokenizer, directory = load(model, RunOptions(**vars(options), numerics=numerics))
         if made is None:
             documents = read_files(text, check_split(split))
             made = windows(tokenizer, documents, length=window, limit=max(1, max_tokens // window))
@@ -116,7 +98,10 @@ def evaluate(
     assert made is not None
     if reference is not None:
         float_model, _ = load_float_model(
-            source_folder(reference), gguf_file=gguf, dtype=parse_dtype(dtype) or torch.bfloat16, device=device
+            source_folder(reference),
+            gguf_file=gguf,
+            dtype=parse_dtype(options.dtype) or torch.bfloat16,
+            device=options.device,
         )
         with progress("reference perplexity") as report:
             found = perplexity(float_model, made, progress=report)
@@ -160,30 +145,33 @@ def _evaluate_tasks(
     reference: str | None,
     *,
     numerics: list[str],
-    dtype: str | None,
-    device: str,
-    threads: int | None,
-    overrides: Path | None,
-    trust_remote_code: bool,
+    load: LoadOptions,
     options: dict[str, Any],
     json_output: bool,
 ) -> None:
     """Tasks of lm-eval, one row for each figure, a column for each model."""
     if find_spec("lm_eval") is None:
         raise typer.BadParameter("needs the harness: pip install lm-eval", param_hint="--tasks")
-    from bytelane.cli.common import parse_dtype, quiet, set_threads, source_folder
+    from bytelane.cli.common import check_choice, parse_dtype, quiet, set_threads, source_folder
+    from bytelane.decoder import FloatOps
     from bytelane.integrations.lm_eval import NAME, evaluate_tasks
 
     quiet()
-    set_threads(threads)
-    chosen = parse_dtype(dtype)
+    set_threads(load.threads)
+    chosen = parse_dtype(load.dtype)
+    float_ops = check_choice("--float-ops", load.float_ops, get_args(FloatOps))
     names = [name for entry in tasks for name in entry.split(",") if name]
     runs: list[tuple[str, str, str, dict[str, Any]]] = []
     for kind in numerics:
-        extra = {"numerics": kind, "dtype": chosen, "device": device, "trust_remote_code": trust_remote_code}
-        runs.append((NAME, model, kind, {**extra, "overrides": None if overrides is None else str(overrides)}))
+        extra: dict[str, Any] = {"numerics": kind, "dtype": chosen, "device": load.device, "float_ops": float_ops}
+        extra["trust_remote_code"] = load.trust_remote_code
+        runs.append(
+            (NAME, model, kind, {**extra, "overrides": None if load.overrides is None else str(load.overrides)})
+        )
     if reference is not None:
-        runs.append(("hf", str(source_folder(reference)), "float", {"dtype": dtype or "auto", "device": device}))
+        runs.append(
+            ("hf", str(source_folder(reference)), "float", {"dtype": load.dtype or "auto", "device": load.device})
+        )
     results: list[dict[str, Any]] = []
     for registered, path, kind, arguments in runs:
         scores = evaluate_tasks(path, names, registered=registered, arguments=arguments, **options)

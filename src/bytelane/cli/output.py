@@ -26,6 +26,20 @@ NumericsOption = Annotated[
         help="**integer**: what the phone computes. **emulated**: the float emulation of vLLM and Hugging Face."
     ),
 ]
+KVCacheOption = Annotated[
+    str,
+    typer.Option(
+        help="Keys and values as **int8** codes or in **float**; **auto**: int8 in integer numerics where the "
+        "checkpoint has the scales."
+    ),
+]
+FloatOpsOption = Annotated[
+    str,
+    typer.Option(
+        help="What lies between the layers by **native** kernels or by **torch**; **auto**: native in integer numerics "
+        "on the CPU where the architecture has it."
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(help="Activation dtype: float32, bfloat16 or float16. The checkpoint's own by default."),

@@ -8,15 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from bytelane.cli.options import RunOptions, spread
 from bytelane.cli.output import (
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
-    NumericsOption,
-    OverridesOption,
-    ThreadsOption,
-    TrustOption,
     emit,
     emit_line,
     remarks,
@@ -45,6 +40,7 @@ def _sampling(greedy: bool, temperature: float | None, top_k: int | None, top_p:
     return Sampling(greedy or temperature == 0, temperature, top_k, top_p, None, seed)
 
 
+@spread
 def run(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads standard input.")],
@@ -56,13 +52,9 @@ def run(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
-    numerics: NumericsOption = "integer",
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    overrides: OverridesOption = None,
+    *,
+    options: RunOptions,
     json_output: JsonOption = False,
-    trust_remote_code: TrustOption = False,
 ) -> None:
     """Answer one prompt, streaming, and print tokens per second and memory.
 
@@ -73,15 +65,7 @@ def run(
     from bytelane.cli.common import load
     from bytelane.generation import encode, generate, peak_memory_bytes
 
-    loaded, tokenizer, directory = load(
-        model,
-        numerics=numerics,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        overrides=overrides,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded, tokenizer, directory = load(model, options)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode(tokenizer, text if raw else _messages(system, text), raw=raw)
     answer, stats = generate(
@@ -94,7 +78,12 @@ def run(
     )
     memory = peak_memory_bytes()
     if json_output:
-        emit({"model": str(directory), "numerics": numerics, "text": answer, **stats.as_dict(), "peak_memory": memory})
+        ways = {
+            "numerics": options.numerics,
+            "kv_cache": loaded.bytelane_kv_cache,
+            "float_ops": loaded.bytelane_float_ops,
+        }
+        emit({"model": str(directory), **ways, "text": answer, **stats.as_dict(), "peak_memory": memory})
         return
     print()
     remarks().print(_figures(stats, memory), style="dim", highlight=False)
@@ -114,6 +103,7 @@ def _figures(stats: Any, memory: int) -> str:
     )
 
 
+@spread
 def chat(
     model: ModelArgument,
     max_new_tokens: MaxTokensOption = 1024,
@@ -123,13 +113,9 @@ def chat(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
-    numerics: NumericsOption = "integer",
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    overrides: OverridesOption = None,
+    *,
+    options: RunOptions,
     json_output: JsonOption = False,
-    trust_remote_code: TrustOption = False,
 ) -> None:
     """Talk with a model.
 
@@ -140,15 +126,7 @@ def chat(
     from bytelane.cli.common import load
     from bytelane.generation import ChatSession, peak_memory_bytes
 
-    loaded, tokenizer, _ = load(
-        model,
-        numerics=numerics,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        overrides=overrides,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded, tokenizer, _ = load(model, options)
     sampling = _sampling(greedy, temperature, top_k, top_p, seed)
     session = ChatSession(loaded, tokenizer, system=system)
     while (line := _ask(json_output)) is not None:

@@ -23,6 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from bytelane.decoder import FloatOps
 from bytelane.errors import ConfigError, QuantizeError
 from bytelane.generation import load_tokenizer
 from bytelane.models import load_model, resolve_checkpoint
@@ -41,6 +42,7 @@ class BytelaneLM(HFLM):
         numerics: str = "integer",
         dtype: Any = None,
         device: str | None = "cpu",
+        float_ops: FloatOps = "auto",
         overrides: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int = 1,
@@ -54,6 +56,7 @@ class BytelaneLM(HFLM):
             numerics: `"integer"` or `"emulated"`.
             dtype: a torch dtype of activations; None for the checkpoint's own.
             device: where the model goes.
+            float_ops: as for `bytelane.load_model`.
             overrides: a JSON file of scales the checkpoint lacks.
             trust_remote_code: allow the checkpoint's own code to run.
             batch_size: sequences at a time.
@@ -69,6 +72,7 @@ class BytelaneLM(HFLM):
             numerics=numerics,
             dtype=dtype,
             device=device or "cpu",
+            float_ops=float_ops,
             text_only=True,
             overrides=overrides,
             trust_remote_code=trust_remote_code,
