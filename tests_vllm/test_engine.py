@@ -70,6 +70,8 @@ def by_row(model: nn.Module, name: str, x: Tensor) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     modules = [model.get_submodule(f"{parent}.{part}") for part in PARTS[leaf]] if leaf in PARTS else None
     modules = modules or [model.get_submodule(name)]
+    if isinstance(modules[0], bytelane.QuantEmbedding):
+        modules = [modules[0].rows]  # vLLM's Gemma scales its embeddings outside the table
     return torch.cat([torch.cat([m(x[i : i + 1]) for m in modules], -1) for i in range(len(x))])
 
 
