@@ -71,6 +71,21 @@ types: $(READY)
 pytest: $(READY)
 	$(BIN)/python -m pytest
 
+SANITIZED := build/sanitize/site
+# The editable install answers for bytelane first; it is taken out of the way so that the checked build is imported.
+RUN_SANITIZED := import sys, pytest; \
+  sys.meta_path = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]; \
+  sys.path.insert(0, "$(SANITIZED)"); import bytelane; assert bytelane.__file__.startswith("$(CURDIR)/$(SANITIZED)"); \
+  sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+
+.PHONY: test-sanitize
+test-sanitize: $(READY) ## Run the kernel tests on a build that checks every access and every operation.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) . \
+	  --config-settings=build-dir=build/sanitize/make --config-settings=cmake.define.BYTELANE_SANITIZE=ON \
+	  --config-settings=cmake.build-type=RelWithDebInfo
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c '$(RUN_SANITIZED)' tests/test_kernels.py tests/test_kernels_float.py
+
 bench: $(READY) ## Time the linear kernels against the machine's limits and torch.
 	$(BIN)/python benchmarks/linear.py
 

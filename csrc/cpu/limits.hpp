@@ -10,27 +10,47 @@
 namespace bytelane::cpu {
 namespace {
 
-// The full tile of panel.hpp on 64 steps of one block, over and over; returns how many multiply-adds that was.
+// The full tile of panel.hpp on one step, over and over; returns how many multiply-adds that was.
 template <class Isa, class Tile>
 std::int64_t peak_dots_of(const PeakDots& args) {
-    constexpr std::int64_t steps = 64, channels = Tile::vectors * Tile::lanes;
-    constexpr std::int64_t block_bytes = steps * Tile::lanes * kStepCodes + kBlockGap, q_row = steps * Tile::q_step + 64;
-    const Scratch scratch(Tile::vectors * block_bytes + Tile::rows * (q_row + kPanel * 4) + 4 * Carver::alignment,
+    constexpr std::int64_t steps = 64, step_bytes = Tile::lanes * kStepCodes;
+    const Scratch scratch(Tile::vectors * step_bytes + Tile::rows * (Tile::q_step + Tile::vectors * Tile::lanes * 4) +
+                              4 * Carver::alignment,
                           args.threads);
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
         Carver memory = scratch.of_this_thread();
-        auto* panel = memory.take<std::uint8_t>(Tile::vectors * block_bytes);
-        auto* q = memory.take<std::uint8_t>(Tile::rows * q_row);
-        auto* acc = memory.take<std::int32_t>(Tile::rows * kPanel);
-        std::memset(panel, 1, Tile::vectors * block_bytes);
-        std::memset(q, 0, Tile::rows * q_row);
-        for (std::int64_t i = 0; i < args.repeats; ++i) {
-            dot_panel<Tile, Tile::rows>(panel, block_bytes, steps, Tile::flush_steps(args.bits), q, q_row, channels,
-                                        true, Ahead{panel, 0}, acc);
+        auto* panel = memory.take<std::uint8_t>(Tile::vectors * step_bytes);
+        auto* q = memory.take<std::uint8_t>(Tile::rows * Tile::q_step);
+        auto* acc = memory.take<std::int32_t>(Tile::rows * Tile::vectors * Tile::lanes);
+        std::memset(panel, 1, Tile::vectors * step_bytes);
+        std::memset(q, 0, Tile::rows * Tile::q_step);
+        typename Tile::Sum sum[Tile::rows][Tile::vectors];
+        const auto each = [&](auto&& body) __attribute__((always_inline)) {
+            unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
+                unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) { body(m.value, v.value); });
+            });
+        };
+        each([&](int m, int v) __attribute__((always_inline)) { Tile::clear(sum[m][v]); });
+        for (std::int64_t step = 0; step < args.repeats * steps; ++step) {
+            asm volatile("" : : : "memory");  // the operands are loaded anew
+            typename Tile::Weights weights[Tile::vectors];
+            unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                weights[v.value] = Tile::weights(panel + v.value * step_bytes);
+            });
+            each([&](int m, int v) __attribute__((always_inline)) {
+                Tile::add(sum[m][v], weights[v], Tile::activations(q + m * Tile::q_step));
+            });
+            if ((step + 1) % Tile::flush_steps(args.bits) == 0) {
+                each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]); });
+            }
         }
+        each([&](int m, int v) __attribute__((always_inline)) {
+            Tile::save(sum[m][v], acc + (m * Tile::vectors + v) * Tile::lanes);
+        });
+        asm volatile("" : : "r"(acc) : "memory");
     }
-    return args.repeats * args.threads * steps * kStepCodes * channels * Tile::rows;
+    return args.repeats * args.threads * steps * kStepCodes * Tile::vectors * Tile::lanes * Tile::rows;
 }
 
 template <class Isa>

@@ -131,7 +131,7 @@ struct Ahead {
 // MR rows of arranged activations against `steps` steps of a panel: acc[m * kPanel + c] (+)= the dots. `flush_steps`:
 // how many steps a narrow sum can take.
 template <class Tile, int MR>
-void dot_panel(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps, std::int64_t flush_steps,
+[[gnu::noinline]] void dot_panel(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps, std::int64_t flush_steps,
                const std::uint8_t* q, std::int64_t q_stride, std::int64_t channels, bool first, Ahead ahead,
                std::int32_t* acc) {
     constexpr int vectors = Tile::vectors;

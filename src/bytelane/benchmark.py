@@ -138,16 +138,15 @@ def _onednn(k: int, n: int, x: Tensor) -> Callable[[], object] | None:
         return None
     count = max(1, min(64, -(-COLD_BYTES // (k * n))))
     made = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-    prepack = torch.ops.onednn.qlinear_prepack
-    packed = cycle([prepack(made.t(), list(x.shape)) for _ in range(count)])
+    packed = cycle([torch.ops.onednn.qlinear_prepack(made, list(x.shape)) for _ in range(count)])
     scale, zero = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
 
     def call() -> Tensor:
         q = torch.quantize_per_tensor(x.float(), 0.02, 128, torch.quint8).int_repr()
         o = torch.ops.onednn.qlinear_pointwise(
-            q, 0.02, 128, next(packed), scale, zero, None, 0.05, 128, torch.uint8, "none", [], ""
+            q, 0.02, 128, next(packed), scale, zero, None, 0.05, 0, torch.int8, "none", [], ""
         )
-        y: Tensor = ((o.to(torch.float32) - 128) * 0.05).to(torch.bfloat16)
+        y: Tensor = (o.to(torch.float32) * 0.05).to(torch.bfloat16)
         return y
 
     return call
