@@ -4,6 +4,9 @@ One visible table, best kernels first. `select` takes the first row that refuses
 with its reason. There is no fallback hidden in a kernel: a kernel either takes a problem or says why not, and the last
 row of each operation, the reference in plain torch, takes everything.
 
+CUDA kernels are Triton's and need it installed and a device of compute capability 8.0 or later; `isa` is then `sm80`,
+`sm90` and so on, of the current device.
+
 The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512vnni`, `avx2`,
 `portable`); it is read once per process. The results are the same bits whatever it says.
 """
@@ -19,12 +22,13 @@ from typing import Any
 import torch
 
 from bytelane.errors import ConfigError
-from bytelane.kernels import cpu, reference
+from bytelane.kernels import cpu, gpu, reference
 from bytelane.scheme import MAX_BITS, MIN_BITS
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
 HALVES = frozenset({torch.bfloat16, torch.float16})
 FLOATS = HALVES | {torch.float32}
+_CODES = frozenset({torch.int8})
 
 ISA_VARIABLE = "BYTELANE_CPU_ISA"
 
@@ -52,7 +56,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use: CPU instruction sets, best first."""
+    """What this process may use on one type of device: instruction sets (`sm90` and the like on CUDA), best first."""
 
     isas: tuple[str, ...]
 
@@ -67,7 +71,7 @@ class Kernel:
         run: called with the operation's arguments.
         about: one line on how it works.
         device: the device type it needs; None for any.
-        isa: the CPU instruction set it needs; None for any.
+        isa: the instruction set it needs; None for any.
         bits: the widths it takes.
         group_bits: the packed bits of a group must be a multiple of this; 1 for any group.
         dtypes: the activation dtypes it takes.
@@ -125,7 +129,7 @@ def _cpu_rows(isa: str) -> list[Kernel]:
     packed = frozenset(cpu.PACKED_BITS)
     rows = []
     for op, function in (("linear", cpu.linear), ("accumulate", cpu.accumulate)):
-        dtypes = FLOATS if op == "linear" else frozenset({torch.int8})
+        dtypes = FLOATS if op == "linear" else _CODES
         for path, about, limits in (
             ("packed", "reads packed codes straight from the rows", {"bits": packed, "group_bits": cpu.GROUP_BITS}),
             ("unpacked", "unpacks a block of rows to bytes, then dots bytes", {}),
@@ -147,10 +151,39 @@ def _cpu_rows(isa: str) -> list[Kernel]:
     return rows
 
 
+def _cuda_rows() -> list[Kernel]:
+    if not gpu.TRITON:
+        return []
+    from bytelane.kernels import cuda
+
+    def row(op: str, path: str, run: Callable[..., torch.Tensor], about: str, **limits: Any) -> Kernel:
+        return Kernel(f"cuda.triton.{path}", op, run, about, device="cuda", isa="sm80", **limits)
+
+    groups = {"group_bits": cuda.GROUP_BITS}
+    about = "few rows: one launch; many: quantizes in one, then unpacks on the way to int8 tensor cores"
+    return [
+        row("linear", "linear", cuda.linear, about, **groups),
+        row(
+            "accumulate", "accumulate", cuda.accumulate, "puts codes in planes, then dots them", dtypes=_CODES, **groups
+        ),
+        row(
+            "linear_weight_only",
+            "float",
+            cuda.linear_weight_only,
+            "unpacks on the way to 16-bit tensor cores; 2 bits per channel in exact integers",
+            dtypes=HALVES,
+            **groups,
+        ),
+        row("embedding", "embedding", cuda.embedding, "gathers and dequantizes in one launch"),
+        row("quantize", "quantize", cuda.quantize, "one pass over the activations"),
+        row("requantize", "requantize", cuda.requantize, "one pass over the accumulators"),
+    ]
+
+
 def _table() -> tuple[Kernel, ...]:
-    rows = [row for isa in cpu.compiled_isas() for row in _cpu_rows(isa)]
+    rows = [row for isa in cpu.compiled_isas() for row in _cpu_rows(isa)] + _cuda_rows()
     about = "plain torch on any device: correct, not fast"
-    any_dtype = FLOATS | {torch.int8, torch.float64}
+    any_dtype = FLOATS | _CODES | {torch.float64}
     rows += [
         Kernel(f"reference.{op}", op, run, about, dtypes=any_dtype)
         for op, run in (
@@ -170,12 +203,14 @@ TABLE: tuple[Kernel, ...] = _table()
 
 
 @functools.cache
-def machine() -> Machine:
-    """What this process may use, after `BYTELANE_CPU_ISA`.
+def machine(device: str = "cpu") -> Machine:
+    """What this process may use on a type of device; on the CPU after `BYTELANE_CPU_ISA`.
 
     Raises:
         ConfigError: the variable names an instruction set this build or this CPU does not have.
     """
+    if device != "cpu":
+        return Machine(gpu.supported_isas() if device == "cuda" else ())
     isas = cpu.supported_isas()
     limit = os.environ.get(ISA_VARIABLE)
     if limit is None:
@@ -196,7 +231,7 @@ def explain(problem: Problem) -> Choice:
     rows = [kernel for kernel in TABLE if kernel.op == problem.op]
     refused: list[tuple[Kernel, str]] = []
     for position, kernel in enumerate(rows):
-        reason = kernel.refusal(problem, machine())
+        reason = kernel.refusal(problem, machine(problem.device))
         if reason is None:
             return Choice(kernel, tuple(refused), tuple(rows[position + 1 :]))
         refused.append((kernel, reason))

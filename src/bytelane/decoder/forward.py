@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from bytelane.cache import GrowingCache, grows
 from bytelane.decoder.native import NativeLayer, build
@@ -96,6 +96,8 @@ class LayerForward:
             and angles[0].shape[-1] == self.parts.dim
             and angles[0].dtype is x.dtype
             and _sdpa(config)
+            # without a mask, sdpa aligns causal attention with a static cache's first places; the kernels with its last
+            and not (mask is None and isinstance(arguments.get("cache", arguments.get("past_key_values")), StaticCache))
             and not arguments.get("output_attentions")
             and self.unwatched()
         )

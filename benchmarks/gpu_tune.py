@@ -1,0 +1,128 @@
+"""Try tiles of the Triton kernels on this GPU: what the table in `bytelane/kernels/triton_configs.py` is made from.
+
+    python benchmarks/gpu_tune.py [--bits 2,4,8] [--shapes 1536x12288,4096x14336] [--rows 1,16,256,4096] [--json FILE]
+
+Candidates are compiled side by side first (Triton keeps them on disk), then timed one after another as
+`gpu_linear.py` times. The table shows the best few of each problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bytelane.kernels import cuda
+from bytelane.kernels.triton_codes import planes
+from bytelane.kernels.triton_configs import CodesTile, FusedTile
+from bytelane.scheme import row_bytes
+from gpu_timing import copies_of, graph_seconds, random_rows
+
+Tile = FusedTile | CodesTile
+
+
+def fused_candidates(out_features: int) -> list[Tile]:
+    wide = [FusedTile(bn, bb, 1, 4, stages) for bn, bb, stages in itertools.product((64, 128), (128, 256), (3, 5))]
+    split = [
+        FusedTile(bn, bb, parts, parts, stages)
+        for bn, bb, parts, stages in itertools.product((16, 32), (256, 512), (4, 8), (3, 5))
+    ]
+    tiles = split if out_features < 4096 else wide
+    return [t for t in tiles if t.bn * t.bb * t.stages <= 160 << 10]
+
+
+def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    small = [(64, max(16, min(64, rows)))] if rows <= 64 else [(64, 64), (128, 64), (128, 128)]
+    shapes = small if rows <= 256 else [(128, 128), (128, 64), (256, 64)]
+    shared_k = [s for s in (1, 2, 3, 4, 5, 6, 8) if s == 1 or (rows <= 256 and in_features // s >= 1024)]
+    found: list[Tile] = []
+    for (bn, bm), bb, warps, stages, splits in itertools.product(
+        shapes, (64, 128), (4, 8), (3, 4) if rows > 16 else (4,), shared_k
+    ):
+        shared = stages * (bn * bb + bm * bb * planes(bits))
+        tiles = -(-out_features // bn) * -(-rows // bm)
+        wanted = splits == 1 or tiles * splits <= 132 * 3
+        if wanted and shared <= 220 << 10 and bn * bm // (warps * 32) <= 128 and (warps == 4 or bn * bm > 8192):
+            found.append(CodesTile(bn, bm, bb, 8, warps, stages, splits))
+    return found
+
+
+def candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    fused = fused_candidates(out_features) if rows <= cuda.FUSED_ROWS else []
+    return fused + (codes_candidates(bits, rows, out_features, in_features) if rows > 4 else [])
+
+
+def call(tile: Tile, x: torch.Tensor, weight: torch.Tensor, scales: tuple[Any, ...], bits: int) -> torch.Tensor:
+    function: Any = cuda.linear_fused if isinstance(tile, FusedTile) else cuda.linear_codes
+    return function(x, weight, *scales, None, bits, tile=tile)
+
+
+def sides(out_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.rand(out_features, 1, device="cuda") * 0.02,
+        torch.tensor(0.02, device="cuda"),
+        torch.tensor(0.5, device="cuda"),
+    )
+
+
+def compile_one(job: tuple[Tile, int, int]) -> str | None:
+    """Compile a candidate on a small problem whose sizes are as divisible as the real ones."""
+    tile, bits, rows = job
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    try:
+        call(tile, x, random_rows(1, 512, row_bytes(4096, bits))[0], sides(512), bits)
+    except Exception as error:  # noqa: BLE001  (a candidate that does not compile or fit is reported, not timed)
+        return f"{tile}: {type(error).__name__} {str(error)[:100]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", default="2,4,8")
+    parser.add_argument("--shapes", default="1536x12288,12288x1536,2560x10240,4096x14336")
+    parser.add_argument("--rows", default="1,16,64,256,4096")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=14)
+    args = parser.parse_args()
+    shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes.split(","))]
+    problems = list(itertools.product(map(int, args.bits.split(",")), shapes, map(int, args.rows.split(","))))
+    jobs = {(tile, bits, m) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k)}
+    context = multiprocessing.get_context("spawn")
+    failed = set()
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        for job, error in zip(jobs, pool.map(compile_one, jobs, chunksize=4), strict=True):
+            if error:
+                failed.add(job)
+                print(error, file=sys.stderr)
+    print(f"{len(jobs)} candidates compiled, {len(failed)} failed", flush=True)
+    results = []
+    for bits, (k, n), m in problems:
+        weights = random_rows(copies_of(n * row_bytes(k, bits)), n, row_bytes(k, bits))
+        scales, x = sides(n), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        timed = []
+        for tile in candidates(bits, m, n, k):
+            if (tile, bits, m) in failed:
+                continue
+            calls = [functools.partial(call, tile, x, w, scales, bits) for w in weights]
+            timed.append((graph_seconds(calls, at_least=1, replays=3), tile))
+        timed.sort(key=lambda pair: pair[0])
+        results.append({"bits": bits, "in": k, "out": n, "rows": m, "best": [(s, str(t)) for s, t in timed[:12]]})
+        rate = 2 * m * n * k / timed[0][0] / 1e12
+        speed = n * row_bytes(k, bits) / timed[0][0] / 1e9
+        print(f"{bits} bits {k}x{n} M={m}: {speed:.0f} GB/s {rate:.0f} TOP/s", flush=True)
+        for seconds, tile in timed[:3]:
+            print(f"    {seconds * 1e6:8.2f} us  {tile}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

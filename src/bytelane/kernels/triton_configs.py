@@ -1,0 +1,199 @@
+"""Tile shapes of the Triton kernels: one readable table by device class, and a rule for everything else.
+
+A configuration never changes a bit of an integer layer, only its time. The table is what `benchmarks/gpu_tune.py` found
+on the device it names; other devices take the same rows with at most three stages, which fit their smaller shared
+memory. Configurations are few on purpose: each is one compilation of a second or two, kept in Triton's cache on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from bytelane.kernels.triton_codes import planes
+
+
+@dataclass(frozen=True)
+class FusedTile:
+    """Of `fused_linear`: output channels, blocks of codes, parts of a tile for different warps, warps, stages, overlap.
+
+    `pdl` lets the launch begin while the one before still runs, on devices that can.
+    """
+
+    bn: int
+    bb: int
+    split: int
+    warps: int
+    stages: int
+    pdl: bool = True
+
+
+@dataclass(frozen=True)
+class CodesTile:
+    """Of `codes_linear`: output channels, rows, blocks of codes, channel tiles in a band, warps, stages, parts of K."""
+
+    bn: int
+    bm: int
+    bb: int
+    band: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the tile of layers within its limits. The first row that fits a layer counts.
+
+    Attributes:
+        rows: the most rows of activations (M).
+        tile: its `bb` is the most blocks; a layer takes the largest power of two that divides its rows.
+        bits: the width; None for any of 2, 4 and 8.
+        out_features: the most output channels (N).
+        least_in: the fewest inputs (K).
+        programs: with a `CodesTile`, K is split until there are about so many programs; 0 for no splitting.
+    """
+
+    rows: int
+    tile: FusedTile | CodesTile
+    bits: int | None = None
+    out_features: int = 1 << 40
+    least_in: int = 0
+    programs: int = 0
+
+
+ANY = 1 << 40
+NARROW = 4095
+"""Layers with so few output channels leave multiprocessors idle unless K is shared out among warps or programs."""
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    # H100, 132 multiprocessors
+    "sm90": (
+        # one launch
+        Row(4, FusedTile(16, 512, 4, 4, 5), bits=2, out_features=NARROW),
+        Row(4, FusedTile(16, 512, 8, 8, 4), bits=4, out_features=NARROW),
+        Row(4, FusedTile(16, 1024, 8, 8, 4), bits=8, out_features=NARROW),
+        Row(2, FusedTile(64, 128, 1, 4, 5), bits=2, least_in=4096),
+        Row(2, FusedTile(64, 128, 1, 4, 3), bits=2),
+        Row(2, FusedTile(64, 256, 1, 4, 3)),
+        Row(4, FusedTile(128, 128, 1, 4, 5), bits=2, least_in=4096),
+        # two: quantizing long rows in every program costs more than a launch
+        Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
+        Row(16, FusedTile(16, 256, 4, 4, 4), out_features=NARROW),
+        Row(16, FusedTile(128, 128, 1, 4, 3), bits=2),
+        Row(16, FusedTile(128, 128, 1, 4, 5)),
+        Row(32, CodesTile(64, 32, 128, 8, 4, 4), programs=132),
+        Row(64, CodesTile(64, 64, 128, 8, 4, 3), bits=2, programs=132),
+        Row(64, CodesTile(64, 64, 128, 8, 4, 4), programs=132),
+        Row(256, CodesTile(64, 64, 64, 8, 4, 4), bits=2, out_features=NARROW, programs=264),
+        Row(256, CodesTile(64, 64, 128, 8, 4, 4), out_features=NARROW, programs=264),
+        Row(256, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=12288),
+        Row(256, CodesTile(128, 64, 64, 8, 4, 3), bits=4, out_features=12288),
+        Row(256, CodesTile(128, 64, 128, 8, 4, 3), bits=8, out_features=12288),
+        Row(256, CodesTile(128, 128, 64, 8, 4, 3), bits=2),
+        Row(256, CodesTile(128, 128, 64, 8, 8, 4), bits=4),
+        Row(ANY, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=NARROW),
+        Row(ANY, CodesTile(128, 64, 128, 8, 8, 3), bits=4, out_features=NARROW),
+        Row(ANY, CodesTile(128, 64, 128, 8, 4, 3), bits=8, out_features=NARROW),
+        Row(ANY, CodesTile(256, 64, 64, 8, 8, 3), bits=2),
+        Row(ANY, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
+        Row(ANY, CodesTile(128, 128, 128, 8, 4, 3)),
+    ),
+}
+
+OTHERS = "sm90"
+"""Whose rows a device class without its own takes."""
+
+
+def device_class(device: torch.device) -> str:
+    """`sm90` and the like; what runs elsewhere (Triton's interpreter) is called by the type of its device."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def _group_blocks(num_bits: int, group_size: int) -> int:
+    """Blocks of a tile that a group fills, or part of one: at least the 32 codes a dot takes."""
+    return max(32, min(128, power_of_two(group_size // planes(num_bits))))
+
+
+SHARED_BYTES = {"sm90": 200 << 10, "sm80": 150 << 10}
+"""Shared memory a program may plan with; 90 KiB where nothing is said, which every device since Ampere has."""
+
+
+def _within(tile: FusedTile, rows: int, num_bits: int, itemsize: int, shared: int) -> FusedTile:
+    """The tile with fewer stages, then fewer blocks, until weights and activations of all stages fit."""
+    stage = tile.bn * tile.bb + power_of_two(rows) * tile.bb * planes(num_bits) * itemsize
+    if tile.stages * stage <= shared or tile.bb <= 32 * tile.split:
+        return tile
+    stages = tile.stages - 1 if tile.stages > 2 else tile.stages
+    bb = tile.bb if stages < tile.stages else tile.bb // 2
+    return _within(dataclasses.replace(tile, stages=stages, bb=bb), rows, num_bits, itemsize, shared)
+
+
+def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: int) -> FusedTile | CodesTile:
+    """The tile of a row of the table, its blocks and splits made for a layer."""
+    tile, blocks = row.tile, -(-in_features // planes(num_bits))
+    least = 32 * tile.split if isinstance(tile, FusedTile) else 32
+    dividing = blocks & -blocks
+    bb = min(tile.bb, dividing) if dividing >= 2 * least else tile.bb
+    if isinstance(tile, FusedTile):
+        return dataclasses.replace(tile, bb=bb)
+    tiles = -(-out_features // tile.bn) * -(-rows // tile.bm)
+    splits = max(1, min(8, row.programs // max(tiles, 1), blocks // (4 * bb)))
+    return dataclasses.replace(tile, bb=bb, splits=splits)
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_tile(
+    device: str,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    num_bits: int,
+    group_size: int,
+    launches: int = 0,
+    itemsize: int = 2,
+) -> FusedTile | CodesTile:
+    """The tile of an integer layer.
+
+    Args:
+        device: its class, see `device_class`.
+        rows: M.
+        out_features: N.
+        in_features: K.
+        num_bits: the width.
+        group_size: inputs in a group, 0 for one scale per channel.
+        launches: 1 for a `FusedTile` (up to 16 rows), 2 for a `CodesTile`, 0 for the better of the two.
+        itemsize: bytes of an activation.
+    """
+    if 8 % num_bits:
+        return FusedTile(64, 32, 1, 4, 2) if launches != 2 and rows <= 16 else CodesTile(64, 64, 32, 8, 4, 2)
+    if 0 < group_size < in_features:
+        bb = _group_blocks(num_bits, group_size)
+        codes = CodesTile(128, 64, bb, 8, 8, 3)
+        tile: FusedTile | CodesTile = FusedTile(64, bb, 1, 4, 4) if launches != 2 and rows <= 16 else codes
+    else:
+        kind = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
+        found = next(
+            row
+            for row in TABLE.get(device, TABLE[OTHERS])
+            if isinstance(row.tile, kind)
+            and rows <= row.rows
+            and row.bits in (None, num_bits)
+            and out_features <= row.out_features
+            and in_features >= row.least_in
+        )
+        tile = _fitted(found, rows, out_features, in_features, num_bits)
+    if isinstance(tile, FusedTile):
+        return _within(tile, rows, num_bits, itemsize, SHARED_BYTES.get(device, 90 << 10))
+    return tile if device in TABLE else dataclasses.replace(tile, stages=min(tile.stages, 3))
