@@ -4,8 +4,8 @@ One visible table, best kernels first. `select` takes the first row that refuses
 with its reason. There is no fallback hidden in a kernel: a kernel either takes a problem or says why not, and the last
 row of each operation, the reference in plain torch, takes everything.
 
-The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512vnni`, `avx2`,
-`portable`); it is read once per process. The results are the same bits whatever it says.
+The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512vbmi`,
+`avx512vnni`, `avx2`, `portable`); it is read once per process. The results are the same bits whatever it says.
 """
 
 from __future__ import annotations
