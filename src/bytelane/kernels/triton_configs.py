@@ -1,8 +1,9 @@
 """Tile shapes of the Triton kernels: one readable table by device class, and a rule for everything else.
 
-A configuration never changes a bit of an integer layer, only its time. The table is what `benchmarks/gpu_tune.py` found
-on the device it names; other devices take the same rows with at most three stages, which fit their smaller shared
-memory. Configurations are few on purpose: each is one compilation of a second or two, kept in Triton's cache on disk.
+A configuration never changes a bit of an integer layer, only its time. The rows for 2 and 4 bits follow a sweep of
+`benchmarks/gpu_tune.py` on the device they name; those for 8 bits and for 1024 rows are carried over from their
+neighbours. Other devices take the same rows with at most three stages, which fit their smaller shared memory.
+Configurations are few on purpose: each is one compilation of a second or two, kept in Triton's cache on disk.
 """
 
 from __future__ import annotations
