@@ -40,7 +40,7 @@ from bytelane.cache import (
 from bytelane.checkpoint import KVScales
 from bytelane.kernels.float_ops import dequantize
 from bytelane.scheme import LinearScheme, WeightScheme
-from rowwise import gemma, row_by_row
+from rowwise import gemma
 
 WINDOW = 16
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
@@ -57,22 +57,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Full attention only, KV scales in the first layer only, the other storage."""
-    folder = tmp_path_factory.mktemp("cache") / "llama"
-    config = tiny.config("llama")
-    plan = {n: LinearScheme(WeightScheme(8)) for n in tiny.linear_names(config) if n != "lm_head"}
-    scales = {"model.layers.0.self_attn": KVScales(0.011, 0.007)}
-    tiny.write_random(folder, config, plan, kv_scales=scales)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rowwise() -> Any:
-    return row_by_row(gemma())
 
 
 # --- a second cache, by the oracle --------------------------------------------------------------------------------
