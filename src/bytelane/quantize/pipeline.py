@@ -142,7 +142,7 @@ def quantize_model(
                 model.generation_config.save_pretrained(temporary)
         written = write_checkpoint(
             target,
-            config=_config(model, plan, stored_dtype),
+            config=checkpoint_config(model, plan, stored_dtype),
             storage=recipe.storage,
             modules=_rounded(model, plan, inputs, outputs, stored_dtype, progress),
             plain=_plain(model, plan, stored_dtype),
@@ -217,7 +217,7 @@ def _float_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(t.numel() * (dtype.itemsize if t.dtype.is_floating_point else t.itemsize) for t in distinct.values())
 
 
-def _config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+def checkpoint_config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     """The checkpoint's config.json, without what belongs to the place the model came from."""
     config: dict[str, Any] = json.loads(model.config.to_json_string())
     config = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,0 +1,30 @@
+"""Quantization-aware training: a float model learns to live with integer weights and static int8 activations.
+
+`prepare` puts trainable layers into a float model, `tune` trains them against the float model, `export_checkpoint`
+writes what came out; `Student.freeze` is the same model of integer layers in memory. `tune_checkpoint` is all of it,
+folder to folder.
+"""
+
+from bytelane.tune.export import export_checkpoint
+from bytelane.tune.loop import Evaluation, TuneReport, TuneSettings, TuningError, evaluate, make_optimizer, tune
+from bytelane.tune.loss import hidden_loss, logits_loss
+from bytelane.tune.modules import TunedEmbedding, TunedLinear
+from bytelane.tune.student import Student, WithCache, prepare
+
+__all__ = [
+    "Evaluation",
+    "Student",
+    "TuneReport",
+    "TuneSettings",
+    "TunedEmbedding",
+    "TunedLinear",
+    "TuningError",
+    "WithCache",
+    "evaluate",
+    "export_checkpoint",
+    "hidden_loss",
+    "logits_loss",
+    "make_optimizer",
+    "prepare",
+    "tune",
+]

@@ -1,0 +1,369 @@
+"""Quantization-aware training: gradients, the two modes, a run that stops and goes on, and what it exports."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import oracle
+import tiny
+from bytelane.cache import make_cache
+from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
+from bytelane.models import load_model, open_model
+from bytelane.quantize import Recipe, round_to_nearest
+from bytelane.scheme import LinearScheme, WeightScheme, code_range
+from bytelane.tune import (
+    TunedLinear,
+    TuneSettings,
+    TuningError,
+    evaluate,
+    export_checkpoint,
+    logits_loss,
+    prepare,
+    tune,
+)
+from bytelane.tune import state as state_module
+from bytelane.tune.fake import fake_quantize_int8, round_weight
+from bytelane.tune.loop import batch_indices
+from bytelane.tune.modules import log_scale
+from bytelane.tune.ranges import start_weight_scale
+
+RECIPE = {
+    "default_bits": 4,
+    "bits": {r"(gate|up)_proj$": 2, r"down_proj$": 8},
+    "embeddings": 4,
+    "head": "weights",
+    "range": "99.9",
+}
+
+
+def make_windows(count: int = 6, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(3, 128, (count, length), generator=generator))
+
+
+def tied_llama(**changes: Any) -> nn.Module:
+    config = tiny.config("llama", **changes)
+    config.tie_word_embeddings = True
+    return tiny.float_model(config)
+
+
+def make(architecture: str) -> nn.Module:
+    return tied_llama() if architecture == "tied llama" else tiny.float_model(tiny.config(architecture))
+
+
+def student_of(model: nn.Module, **values: Any) -> Any:
+    kv_cache = values.pop("kv_cache", False)
+    return prepare(model, Recipe.of({**RECIPE, **values}), make_windows(), kv_cache=kv_cache)
+
+
+# --- one layer ---------------------------------------------------------------------------------------------------
+
+
+def layer(bits: int, *, group_size: int | None = None, bias: bool = False, s_in: float | None = 0.03) -> TunedLinear:
+    torch.manual_seed(bits)
+    weight = nn.Parameter(torch.randn(20, 48) * 0.2)
+    scheme = LinearScheme(WeightScheme(bits, group_size), quantize_input=s_in is not None)
+    scale = start_weight_scale(weight, scheme.weight)
+    return TunedLinear(
+        weight,
+        scale,
+        scheme,
+        log_input_scale=None if s_in is None else log_scale(s_in),
+        log_output_scale=log_scale(0.04),
+        bias=nn.Parameter(torch.randn(20)) if bias else None,
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_evaluation_is_the_integer_layer_and_training_has_its_values(bits, bias) -> None:
+    """48 products of 8-bit codes stay far below 2^24, so even training is exact."""
+    made = layer(bits, bias=bias)
+    x = torch.randn(5, 7, 48) * 2  # clipped here and there: 127 * 0.03 is 3.8
+    made.eval()
+    codes, scale = made.codes()
+    expected = oracle.linear(
+        x.reshape(-1, 48).numpy(),
+        codes.numpy(),
+        scale.numpy(),
+        made.input_scale.item(),
+        made.output_scale.item(),
+        None if made.bias is None else made.bias.detach().numpy(),
+    )
+    evaluated = made(x)
+    assert evaluated.reshape(-1, 20).numpy().tobytes() == expected.astype("float32").tobytes()
+    made.train()
+    assert torch.equal(made(x), evaluated)
+    with torch.no_grad():
+        made.log_weight_scale += 0.1
+    made.eval()
+    assert not torch.equal(made(x), evaluated)  # the integer layer is made anew
+
+
+def test_groups_and_float_inputs_train_close_to_what_evaluates() -> None:
+    for made in (layer(4, group_size=16), layer(4, s_in=None)):
+        x = torch.randn(64, 48)
+        trained = made.train()(x)
+        evaluated = made.eval()(x)
+        # The sums are rounded in another order, which moves a value by one output step where it lies on an edge.
+        steps = ((trained - evaluated) / made.output_scale).abs().round()
+        assert steps.max() <= 1
+        assert (steps > 0).float().mean() < 0.01
+
+
+def test_gradients_are_straight_through_and_lsq() -> None:
+    """Against the same function written with detached roundings, which autograd differentiates by itself."""
+    made = layer(4)  # a bias would be rounded to codes, which the other function does not do
+    x = (torch.randn(40, 48) * 2).requires_grad_()
+    direction = torch.randn(40, 20)
+    parameters = [x, *made.parameters()]
+    (made.train()(x) * direction).sum().backward()
+    found = [p.grad.clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+
+    def quantized(v: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        clamped = torch.clamp(v / scale, low - 0.5, high + 0.5)  # an edge rounds to the last code: still inside
+        rounded = torch.clamp(torch.round(v / scale), low, high)
+        return (clamped + (rounded - clamped).detach()) * scale
+
+    low, high = code_range(4)
+    wq = quantized(made.weight, made.log_weight_scale.exp(), low, high)
+    xq = quantized(x, made.input_scale, -128, 127)
+    y = quantized(xq @ wq.t(), made.output_scale, -128, 127)
+    (y * direction).sum().backward()
+    for p, got in zip(parameters, found, strict=True):
+        # the saved output residual is bfloat16, relative 2^-8, and an output on an edge may fall on the other side
+        assert (got - p.grad).norm() <= 0.01 * p.grad.norm()
+
+
+def test_a_cache_scale_has_a_gradient() -> None:
+    x = torch.tensor([0.26, -0.4, 30.0], requires_grad=True)
+    scale = torch.tensor(0.1, requires_grad=True)
+    y = fake_quantize_int8(x, scale)
+    y.sum().backward()
+    assert torch.allclose(y, torch.tensor([0.3, -0.4, 12.7]))
+    assert x.grad.tolist() == [1, 1, 0]
+    assert float(scale.grad) == pytest.approx(0.4 + 0 + 127, rel=2**-8)
+
+
+def test_starting_scales_beat_those_that_clip_nothing() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64)
+    for scheme in (WeightScheme(2), WeightScheme(4, 32)):
+        low, high = code_range(scheme.num_bits)
+
+        def error(scale: torch.Tensor, low: int = low, high: int = high) -> torch.Tensor:
+            codes, _ = round_weight(weight, scale, low, high)
+            dense = codes.unflatten(1, (scale.shape[1], -1)) * scale[..., None]
+            return (dense.flatten(1) - weight).square().sum(1)
+
+        assert (error(start_weight_scale(weight, scheme)) < error(round_to_nearest(weight, scheme)[1])).all()
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(30, 50, requires_grad=True), torch.randn(30, 50)
+    labels = torch.randint(0, 50, (30,))
+    loss = logits_loss(student, teacher, labels, kl_weight=0.7, text_weight=0.4)
+    loss.backward()
+    got = student.grad.clone()
+    student.grad = None
+    kl = nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    expected = 0.7 * kl + 0.4 * nn.functional.cross_entropy(student, labels)
+    expected.backward()
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(got, student.grad, atol=1e-6)
+    with pytest.raises(ValueError, match="teacher's logits"):
+        logits_loss(student, None, labels)
+
+
+# --- a model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", ["compressed-tensors", "gemma"])
+@pytest.mark.parametrize("architecture", ["llama", "tied llama", "gemma3", "gemma4", "qwen3"])
+def test_an_export_loads_as_the_frozen_model(tmp_path, architecture, storage, dtype) -> None:
+    student = student_of(make(architecture), kv_cache=architecture == "gemma4")
+    teacher = make(architecture)
+    tune(student, teacher, make_windows(), TuneSettings(steps=2, batch=2))
+    export_checkpoint(student, tmp_path / "out", storage=storage, dtype=dtype)
+    loaded = load_model(tmp_path / "out", float_ops="torch")
+    frozen = student.freeze(dtype)
+    ids = make_windows(1, 20, seed=3)[0][None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, frozen(ids).logits)
+        if dtype == torch.float32 and not student.kv_names:
+            assert torch.equal(student(ids).logits, frozen(ids).logits)
+    if architecture == "gemma4":
+        assert loaded.bytelane_kv_scales == frozen.bytelane_kv_scales
+        assert list(frozen.bytelane_kv_scales) == [0, 1]  # the third layer reuses the second one's
+        with torch.no_grad():
+            cached, again = (m(ids, cache=make_cache(m), use_cache=True).logits for m in (loaded, frozen))
+            assert torch.equal(cached, again)
+            if dtype == torch.float32:
+                assert torch.equal(student(ids).logits, cached)
+    if architecture == "tied llama":
+        checkpoint, _ = open_model(tmp_path / "out")
+        with checkpoint:
+            assert dict(checkpoint.tied) == {"lm_head": "model.embed_tokens"}
+
+
+def test_layers_that_share_an_input_share_its_scale() -> None:
+    student = student_of(make("llama"))
+    attention = student.model.get_submodule("model.layers.0.self_attn")
+    assert attention.q_proj.log_input_scale is attention.v_proj.log_input_scale
+    assert attention.q_proj.log_output_scale is not attention.v_proj.log_output_scale
+    names = [name for name, _ in student.named_parameters()]
+    assert sum(name.endswith("log_input_scale") for name in names) == 2 * 4  # qkv, o, gate-up, down
+    assert ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") in student.shared_inputs
+
+
+def test_distillation_brings_the_student_closer() -> None:
+    """A tiny random model with 2-bit layers: the loss falls, and so does the integer model's distance."""
+    teacher, model = tied_llama(), tied_llama()
+    with torch.no_grad():
+        for parameter in (*teacher.parameters(), *model.parameters()):
+            if parameter.dim() > 1:
+                parameter *= 4  # random weights of the usual size give hardly any logits
+    student = student_of(model)
+    ids = torch.stack(make_windows(4))
+
+    def distance() -> float:
+        with torch.no_grad():
+            q, p = (m(ids).logits.log_softmax(-1) for m in (student.freeze(), teacher))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    before = distance()
+    settings = TuneSettings(steps=40, batch=4, learning_rate=2e-3, scale_rate=5e-3, hidden_weight=0.01)
+    report = tune(student, teacher, make_windows(4), settings, evaluation=make_windows(2, seed=1))
+    assert sum(report.losses[-5:]) < 0.5 * sum(report.losses[:5])
+    assert distance() < 0.5 * before
+    assert report.steps == 40
+    assert report.evaluations[-1].step == 40
+    assert report.evaluations[-1].perplexity == evaluate(student, make_windows(2, seed=1))[0]
+
+
+def test_text_alone_needs_no_teacher() -> None:
+    student = student_of(tied_llama())
+    settings = TuneSettings(steps=10, batch=2, accumulate=2, kl_weight=0, text_weight=1, learning_rate=3e-3)
+    report = tune(student, None, make_windows(2), settings)
+    assert report.losses[-1] < report.losses[0]
+    with pytest.raises(TuningError, match="needs the float model"):
+        tune(student, None, make_windows(2), TuneSettings(steps=1))
+
+
+# --- interruptions -----------------------------------------------------------------------------------------------
+
+
+def parameters_after(tmp_path, *, stop_at: int | None) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
+    settings = TuneSettings(steps=8, batch=4, learning_rate=1e-3, save_every=3)
+    folder = tmp_path / f"state-{stop_at}"
+
+    def interrupt(_: str, done: int, __: int) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    student = student_of(tied_llama(), kv_cache=True)
+    if stop_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            tune(student, tied_llama(), make_windows(), settings, state=folder, progress=interrupt)
+        student = student_of(tied_llama(), kv_cache=True)
+    report = tune(student, tied_llama(), make_windows(), settings, state=folder, resume=stop_at is not None)
+    assert len(report.losses) == 8
+    return dict(student.named_parameters())
+
+
+def test_a_resumed_run_ends_in_the_same_parameters(tmp_path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        whole = parameters_after(tmp_path, stop_at=None)
+        resumed = parameters_after(tmp_path, stop_at=5)  # two steps after the last saved state
+    finally:
+        torch.set_num_threads(threads)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_state_is_whole_or_not_there(tmp_path, monkeypatch) -> None:
+    student, teacher, settings = student_of(tied_llama()), tied_llama(), TuneSettings(steps=2, batch=2, save_every=1)
+    folder = tmp_path / "state"
+    tune(student, teacher, make_windows(), settings, state=folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(state_module, "save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        state_module.save_state(folder, student, torch.optim.AdamW(student.parameters()), {})
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_only_the_same_run_resumes(tmp_path) -> None:
+    student, teacher = student_of(tied_llama()), tied_llama()
+    folder = tmp_path / "state"
+    settings = TuneSettings(steps=1, batch=2)
+    with pytest.raises(FileFormatError, match="nothing to resume"):
+        tune(student, teacher, make_windows(), settings, state=folder, resume=True)
+    tune(student, teacher, make_windows(), settings, state=folder)
+    with pytest.raises(OutputExistsError, match="another run"):
+        tune(student, teacher, make_windows(), settings, state=folder)
+    with pytest.raises(ConfigError, match="settings"):
+        tune(student, teacher, make_windows(), TuneSettings(steps=2, batch=2), state=folder, resume=True)
+    with pytest.raises(ConfigError, match="text"):
+        tune(student, teacher, make_windows(seed=1), settings, state=folder, resume=True)
+    other = student_of(tied_llama(), default_bits=8)
+    with pytest.raises(ConfigError, match="plan"):
+        tune(other, teacher, make_windows(), settings, state=folder, resume=True)
+    record = json.loads((folder / "state.json").read_text())
+    assert record["steps"] == 1
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch) -> None:
+    student = student_of(tied_llama())
+    calls = []
+
+    def dies(self: TunedLinear) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return codes(self)
+
+    codes = TunedLinear.codes
+    monkeypatch.setattr(TunedLinear, "codes", dies)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(student, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_window_once_an_epoch() -> None:
+    epoch = [i for step in range(5) for i in batch_indices(step, 2, 5, seed=0)]
+    assert sorted(epoch[:5]) == sorted(epoch[5:]) == list(range(5))
+    assert epoch[:5] != epoch[5:]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps must be positive"),
+        ({"batch": 3, "accumulate": 2}, "accumulate must divide"),
+        ({"kl_weight": 0}, "one of them positive"),
+        ({"warmup": 1.0}, "share of the steps"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
+    ],
+)
+def test_wrong_settings_are_refused(values, message) -> None:
+    with pytest.raises(TuningError, match=message):
+        TuneSettings(**values)
