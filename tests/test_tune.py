@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import oracle
 import tiny
-from bytelane.cache import make_cache
+from bytelane.cli import main
 from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
 from bytelane.models import load_model, open_model
 from bytelane.quantize import Recipe, round_to_nearest
@@ -20,6 +22,7 @@ from bytelane.tune import (
     TunedLinear,
     TuneSettings,
     TuningError,
+    WithCache,
     evaluate,
     export_checkpoint,
     logits_loss,
@@ -208,7 +211,7 @@ def test_an_export_loads_as_the_frozen_model(tmp_path, architecture, storage, dt
         assert loaded.bytelane_kv_scales == frozen.bytelane_kv_scales
         assert list(frozen.bytelane_kv_scales) == [0, 1]  # the third layer reuses the second one's
         with torch.no_grad():
-            cached, again = (m(ids, cache=make_cache(m), use_cache=True).logits for m in (loaded, frozen))
+            cached, again = (WithCache(m)(ids).logits for m in (loaded, frozen))
             assert torch.equal(cached, again)
             if dtype == torch.float32:
                 assert torch.equal(student(ids).logits, cached)
@@ -367,3 +370,38 @@ def test_every_window_once_an_epoch() -> None:
 def test_wrong_settings_are_refused(values, message) -> None:
     with pytest.raises(TuningError, match=message):
         TuneSettings(**values)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def tune_command(tmp_path, capsys, *more: str) -> dict[str, Any]:
+    """`bytelane tune --json` on a tiny model; two steps, and a text of nine documents."""
+    source, text = tmp_path / "float", tmp_path / "text.jsonl"
+    if not source.exists():
+        tied_llama().save_pretrained(source)
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
+        made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>").save_pretrained(source)
+        documents = (" ".join(f"w{3 + (i * j) % 125}" for j in range(60)) for i in range(1, 10))
+        text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+    options = ["--window", "24", "--batch", "2", "--evaluate", "2", "--embeddings", "8", "--cpu", "--json", *more]
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", str(source), str(tmp_path / "out"), "--text", str(text), *options])
+    printed = json.loads(capsys.readouterr().out)
+    return {"code": ended.value.code or 0, **printed}
+
+
+def test_the_command_tunes_stops_and_resumes(tmp_path, capsys) -> None:
+    state = ["--state", str(tmp_path / "state")]
+    done = tune_command(tmp_path, capsys, "--steps", "3", *state)
+    assert (done["code"], done["report"]["steps"], done["storage"]) == (0, 3, "compressed-tensors")
+    assert done["report"]["evaluations"][0]["tokens"] == 2 * 23
+    loaded = load_model(tmp_path / "out", float_ops="torch")
+    assert loaded.config.tie_word_embeddings is True
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    again = tune_command(tmp_path, capsys, "--steps", "3", *state, "--resume", "--overwrite")
+    assert again["report"]["losses"] == done["report"]["losses"]  # there was nothing left to do
+    refused = tune_command(tmp_path, capsys, "--steps", "3")
+    assert (refused["code"], refused["error"]["type"]) == (2, "OutputExistsError")

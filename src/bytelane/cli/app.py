@@ -17,6 +17,7 @@ from bytelane.cli import compare as compare_command
 from bytelane.cli import evaluate, inspect, make, run, serve
 from bytelane.cli import report as report_command
 from bytelane.cli import trace as trace_command
+from bytelane.cli import tune as tune_command
 from bytelane.cli import verify as verify_command
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command("run")(run.run)
 app.command("chat")(run.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(make.quantize)
+app.command("tune")(tune_command.tune)
 app.command("convert")(make.convert)
 app.command("trace")(trace_command.trace)
 app.command("compare")(compare_command.compare)

@@ -1,0 +1,159 @@
+"""`tune`: quantization-aware training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bytelane.cli.make import OutputArgument, OverwriteOption
+from bytelane.cli.output import JsonOption, ThreadsOption, emit, size, steps
+
+if TYPE_CHECKING:
+    from bytelane.tune.folders import TunedCheckpoint
+
+
+def tune(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A float model: a folder, a GGUF file, or a hub id.")],
+    out: OutputArgument,
+    text: Annotated[list[Path], typer.Option("--text", help="Text to train on (.txt, .utf8, .jsonl); repeatable.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="A recipe file (JSON), or the name of one that ships; the options below override it."
+        ),
+    ] = None,
+    default_bits: Annotated[int | None, typer.Option(help="Weight bits where no --bits pattern matches.")] = None,
+    bits: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=N: weight bits by name, first match wins; repeatable.")
+    ] = None,
+    embeddings: Annotated[int | None, typer.Option(help="Bits of embedding tables; float when absent.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="**weights** (weight-only, as Gemma's), **full** or **float**.")
+    ] = None,
+    range_: Annotated[
+        str | None,
+        typer.Option("--range", help="Where activation ranges start: minmax, or a percentile such as 99.99."),
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="**compressed-tensors** or **gemma**.")] = None,
+    kv_cache: Annotated[bool, typer.Option("--kv-cache", help="Learn int8 scales of the KV cache too.")] = False,
+    split: Annotated[
+        str, typer.Option(help="For files of `<doc>` elements: **calibration**, **evaluation** or **all**.")
+    ] = "calibration",
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    observe: Annotated[int, typer.Option(min=1, help="Windows that the starting ranges come from.")] = 32,
+    evaluate: Annotated[
+        int, typer.Option(min=0, help="Windows of the evaluation split to score the integer model on.")
+    ] = 0,
+    step_count: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps, at most.")] = 500,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts a step is computed in, to save memory.")] = 1,
+    rate: Annotated[float, typer.Option(help="Learning rate of weights.")] = 1e-4,
+    scale_rate: Annotated[float, typer.Option(help="Learning rate of the logarithms of scales.")] = 2e-3,
+    text_weight: Annotated[
+        float, typer.Option(help="Weight of the text's own next tokens beside the float model's predictions.")
+    ] = 0.0,
+    hidden_weight: Annotated[float, typer.Option(help="Weight of the float model's hidden states.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
+    evaluate_every: Annotated[int, typer.Option(min=0, help="Steps between scores; 0 for one at the end.")] = 0,
+    state: Annotated[Path | None, typer.Option(help="Folder for the run's state, to resume from.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --state.")] = False,
+    gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in SOURCE that holds the weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of what stays float: float32, bfloat16 or float16.")] = "bfloat16",
+    mixed_precision: Annotated[
+        str, typer.Option(help="Of the float arithmetic in training: **no** or **bf16**, for GPUs.")
+    ] = "no",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU although there is a GPU.")] = False,
+    overwrite: OverwriteOption = False,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    r"""Train a float model to live with integer weights and static int8 activations, and write what it became.
+
+    The float model is the teacher: its predictions are what the quantized one learns, and with it where every clamp
+    should be. Scores are those of the integer layers. Under `accelerate launch` several GPUs share a batch.
+
+    Example: `bytelane tune ./my-model ./out --text wiki.txt --default-bits 4 --minutes 20 --mixed-precision bf16`
+    """
+    from bytelane.cli.common import check_choice, check_split, parse_dtype, quiet, set_threads, source_folder
+    from bytelane.quantize import Recipe
+    from bytelane.tune import TuneSettings
+    from bytelane.tune.folders import tune_checkpoint
+
+    quiet()
+    set_threads(threads)
+    check_choice("--mixed-precision", mixed_precision, ("no", "bf16"))
+    if evaluate and split != "calibration":
+        raise typer.BadParameter("needs --split calibration, which holds text out", param_hint="--evaluate")
+    given = {
+        "default_bits": default_bits,
+        "bits": bits,
+        "embeddings": embeddings,
+        "head": head,
+        "range": range_,
+        "storage": storage,
+    }
+    values: dict[str, Any] = {} if recipe is None else Recipe.load(recipe).model_dump(mode="json")
+    values.update({key: value for key, value in given.items() if value is not None})
+    made = Recipe.of(values, "the recipe" if recipe is None else recipe)
+    settings = TuneSettings(
+        steps=step_count,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=rate,
+        scale_rate=scale_rate,
+        plain_rate=rate,
+        text_weight=text_weight,
+        hidden_weight=hidden_weight,
+        seed=seed,
+        max_seconds=None if minutes is None else 60 * minutes,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+    )
+    chosen = parse_dtype(dtype)
+    assert chosen is not None
+    with steps() as report_step:
+        done = tune_checkpoint(
+            source_folder(source),
+            out,
+            made,
+            text,
+            settings,
+            gguf_file=gguf,
+            split=check_split(split),
+            window=window,
+            observe=observe,
+            evaluate=evaluate,
+            kv_cache=kv_cache,
+            dtype=chosen,
+            mixed_precision=mixed_precision,
+            cpu=cpu,
+            state=state,
+            resume=resume,
+            overwrite=overwrite,
+            progress=report_step,
+        )
+    if json_output:
+        emit({"recipe": made.model_dump(mode="json"), **done.to_dict()})
+        return
+    print("\n".join(_summary(done)))
+
+
+def _summary(done: TunedCheckpoint) -> list[str]:
+    report = done.report
+    edge = max(1, len(report.losses) // 20)
+    first, last = (sum(part) / edge for part in (report.losses[:edge], report.losses[-edge:]))
+    lines = [
+        f"wrote {done.output} as {done.storage}",
+        f"modules      {done.modules} quantized; {done.shared_inputs} groups of layers share an input scale; "
+        f"{done.kv_layers} layers have int8 cache scales",
+        f"training     {report.steps} steps, {report.tokens} tokens of {done.windows} windows, {report.seconds:.0f} s",
+        f"loss         {first:.4f} at the start, {last:.4f} at the end",
+    ]
+    lines += [f"step {e.step:<8}perplexity {e.perplexity:.2f} over {e.tokens} tokens" for e in report.evaluations]
+    if report.peak_bytes:
+        lines.append(f"memory       {size(report.peak_bytes)} of the accelerator at most")
+    return lines
