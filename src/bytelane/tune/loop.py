@@ -233,7 +233,8 @@ def tune(
         evaluations = [Evaluation(**values) for values in found["evaluations"]]
     if teacher is not None:
         teacher.to(run.device).requires_grad_(False).eval()
-    module: Any = run.prepare_model(student, evaluation_mode=run.num_processes == 1)
+    # Accelerate patches the forward pass of what it prepares, so only what it must wrap.
+    module: Any = run.prepare_model(student) if run.num_processes > 1 else student
     step = len(losses)
     while step < settings.steps and (settings.max_seconds is None or spent < settings.max_seconds):
         started = time.perf_counter()
