@@ -86,6 +86,14 @@ test-sanitize: $(READY) ## Run the kernel tests on a build that checks every acc
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c '$(RUN_SANITIZED)' tests/test_kernels.py tests/test_kernels_float.py
 
+# atheris follows which lines of bytelane a case reaches; what it learned stays in build/fuzz for the next time.
+FUZZ_SECONDS ?= 120
+.PHONY: fuzz
+fuzz: $(READY) ## Break checkpoints for two minutes, guided by the code they reach (FUZZ_SECONDS for longer).
+	$(BIN)/python -m pip install --quiet "atheris>=3.0"
+	mkdir -p build/fuzz
+	$(BIN)/python tests/fuzz_coverage.py build/fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=120 -rss_limit_mb=8192
+
 bench: $(READY) ## Time the linear kernels against the machine's limits and torch.
 	$(BIN)/python benchmarks/linear.py
 

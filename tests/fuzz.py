@@ -4,10 +4,12 @@ Every mutated checkpoint is refused by a `CheckpointError` that names its folder
 and scales are read from the file a second time by other code, and every layer's output is the oracle's. Anything else
 is a failure: another exception, a crash, more than `SECONDS` or `MEMORY`, a layer that computes something else.
 
-    python tests/fuzz.py --count 10000 --seed 0        prints a summary; exit code 1 and the seeds where it failed
+    python tests/fuzz.py --count 10000 --seed 0        prints a summary; exit code 1 and the findings
+    make fuzz                                          the same cases, picked by what they reach (`fuzz_coverage.py`)
 
-Cases are seeded one by one, so `--seed N --count 1` repeats one. The script runs them in child processes, so that a
-crash is a finding and not the end; the tests run a few hundred in their own process.
+The cases are a Hypothesis strategy (`broken`): it chooses a good checkpoint, the mutators and the choices they make, so
+it repeats no case and shrinks what it finds to few and small changes. The script runs batches in child processes, so
+that a crash is a finding and not the end; the tests run a hundred and fifty in their own process.
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import torch
+from hypothesis import HealthCheck, strategies
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -42,7 +48,7 @@ from bytelane.models import load_model, open_model
 from bytelane.report.verify_checkpoint import codes_name, stored_codes
 from bytelane.scheme import Kind
 from checkpoints import COMPRESSED, GEMMA, hand_made, skeleton_of
-from mutators import MUTATORS, Files
+from mutators import MUTATORS, Files, Mutator
 
 SECONDS = 60
 MEMORY = 8 * 1024**3
@@ -200,24 +206,66 @@ def hold(folder: Path, random_: random.Random, model: torch.nn.Module | None = N
     return type(refusal).__name__
 
 
-def run_case(seed: int) -> str:
-    """Make, mutate and hold one checkpoint."""
-    random_ = random.Random(seed)
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint to be broken.
+
+    Attributes:
+        which: of the good ones.
+        sharded: in two files with an index.
+        mutators: applied in this order.
+        random: makes their choices.
+    """
+
+    which: int
+    sharded: bool
+    mutators: list[Mutator]
+    random: random.Random
+
+    def __repr__(self) -> str:
+        names = ", ".join(mutator.__name__ for mutator in self.mutators)
+        return f"{BASES[self.which]}{' in two files' * self.sharded}: {names}; {self.random!r}"
+
+
+def broken() -> strategies.SearchStrategy[Case]:
+    """All the broken checkpoints.
+
+    Half of them let Hypothesis make the choices inside the mutators as well: it can shrink those, but likes plain
+    values and so breaks much at once. The others draw evenly from a seed, and reach further in.
+    """
+    return strategies.builds(
+        Case,
+        which=strategies.integers(0, len(BASES) - 1),
+        sharded=strategies.booleans(),
+        mutators=strategies.lists(strategies.sampled_from(MUTATORS), min_size=1, max_size=3),
+        random=strategies.randoms(use_true_random=False) | strategies.randoms(use_true_random=True),
+    )
+
+
+def run_case(case: Case) -> str:
+    """Make, mutate and hold one checkpoint; the outcome as `hold` says it.
+
+    Raises:
+        Exception: the promise is broken.
+    """
     folder = Path(tempfile.mkdtemp(prefix="bytelane-fuzz-"))
+    before = signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
     try:
-        which = random_.randrange(len(BASES))
-        good = base(which, sharded=random_.random() < 0.3)
+        good = base(case.which, sharded=case.sharded)
         files = dict(good)
-        for _ in range(random_.choice([1, 1, 1, 2, 3])):
+        for mutate in case.mutators:
             try:
-                random_.choice(MUTATORS)(random_, files)
+                mutate(case.random, files)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error):
                 continue  # a second mutation meets what the first one broke
-        place(random_, files, folder)
+        place(case.random, files, folder)
         # A good configuration builds a known model: most of the time is spent on what the mutations can reach.
-        known = files["config.json"] == good["config.json"] and random_.random() < 0.75
-        return hold(folder, random_, skeleton(which) if known else None)
+        known = files["config.json"] == good["config.json"] and case.random.random() < 0.75
+        return hold(folder, case.random, skeleton(case.which) if known else None)
     finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
         shutil.rmtree(folder)
         folder.with_name(f"{folder.name}-outside").unlink(missing_ok=True)
 
@@ -226,28 +274,34 @@ def _too_long(*_: object) -> None:
     raise TimeoutError(f"more than {SECONDS} s")
 
 
-def run_cases(seeds: range) -> tuple[dict[str, int], dict[int, str]]:
-    """Outcomes by kind, and what went wrong by seed."""
-    outcomes: collections.Counter[str] = collections.Counter()
-    failures: dict[int, str] = {}
-    signal.signal(signal.SIGALRM, _too_long)
-    for seed in seeds:
-        signal.alarm(SECONDS)
-        try:
-            outcomes[run_case(seed)] += 1
-        except Exception:  # noqa: BLE001 - whatever it is, it is a finding
-            outcomes["FAILED"] += 1
-            failures[seed] = traceback.format_exc()
-        finally:
-            signal.alarm(0)
-    return dict(outcomes), failures
+def holder(count: int, seed: int, outcomes: collections.Counter[str]) -> Callable[[], None]:
+    """A function that holds `count` broken checkpoints to the promise, and raises at the first (shrunk) finding."""
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @hypothesis.given(case=broken())
+    def keeps_its_promise(case: Case) -> None:
+        outcomes[run_case(case)] += 1
+
+    return keeps_its_promise
 
 
 def _child(first: int, count: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    outcomes, failures = run_cases(range(first, first + count))
-    print(json.dumps([outcomes, failures]))
+    outcomes: collections.Counter[str] = collections.Counter()
+    failure = None
+    try:
+        holder(count, first, outcomes)()
+    except Exception:  # noqa: BLE001 - whatever it is, it is a finding
+        failure = traceback.format_exc()
+    print(json.dumps([outcomes, failure]))
 
 
 def main() -> None:
@@ -255,7 +309,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--child", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         _child(given.seed, given.count)
@@ -277,11 +331,11 @@ def main() -> None:
                 f"seeds {first}..{first + count - 1}: the process ended with {done.returncode}\n{done.stderr[-3000:]}"
             )
             continue
-        found, failures = json.loads(done.stdout.splitlines()[-1])
+        found, failure = json.loads(done.stdout.splitlines()[-1])
         outcomes.update(found)
-        for seed, text in failures.items():
+        if failure is not None:
             bad = True
-            print(f"seed {seed}:\n{text}")
+            print(f"--seed {first} --count {count}:\n{done.stdout}\n{failure}")
         print(f"{first + count - given.seed} of {given.count}: {dict(outcomes)}", flush=True)
     print(json.dumps({"count": given.count, "seed": given.seed, "outcomes": dict(outcomes)}))
     sys.exit(bad)

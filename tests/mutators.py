@@ -1,15 +1,17 @@
-"""The ways `tests/fuzz.py` breaks a checkpoint: each changes the bytes of some file, by chance but by seed."""
+"""The ways `tests/fuzz.py` breaks a checkpoint: each changes the bytes of some file by the choices of `random_`."""
 
 from __future__ import annotations
 
 import json
 import random
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from checkpoints import GEMMA
 
 Files = dict[str, bytes]
+Mutator = Callable[[random.Random, Files], None]
 
 JUNK: list[Any] = [None, True, False, 0, 1, -1, 2, 3, 7, 2.5, 2**31, 2**63, 10**30, -(10**9), 1e308, 1e-320]
 JUNK += ["", "x", "int", "re:(", "auto", "float64", "eager", "\u0000", "\ud800"]
@@ -217,5 +219,5 @@ def index_json(random_: random.Random, files: Files) -> None:
     files[key] = json.dumps(index).encode("utf-8", "surrogatepass")
 
 
-MUTATORS = [header_json, header_length, length_of_file, code_bytes, config_text, patterns, index_json]
+MUTATORS: list[Mutator] = [header_json, header_length, length_of_file, code_bytes, config_text, patterns, index_json]
 MUTATORS += [header_entry, any_bytes] * 2 + [scale_value, config_json] * 3

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import tiny
-from bytelane.generation import load_tokenizer
+from bytelane.generation import Sampling, encode, generate, load_tokenizer
 from bytelane.models import load_model
 from bytelane.scheme import LinearScheme, WeightScheme
 from test_cli import byte_tokenizer, call, call_json
 
 pytest.importorskip("lm_eval", reason="needs the harness (the lm-eval extra)")
+from lm_eval.tasks import TaskManager
 
 QUESTIONS = [
     {"question": "The sky is", "choices": [" blue", " made of stone"], "answer": 0},
@@ -36,6 +37,23 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
+
+GENERATION = """
+task: offline_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+generation_kwargs: {{until: ["!"], do_sample: false, max_gen_toks: {tokens}}}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +106,42 @@ def test_tasks_are_scored_and_put_side_by_side(folder: Path, capsys: pytest.Capt
     assert theirs["scores"][0]["metric"] == "acc"
 
 
-def test_what_cannot_be_scored_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def greedy(path: Path, question: str) -> str:
+    """What the model says after a question, up to the first `!`."""
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    ids = encode(tokenizer, question, raw=True)
+    options = {"max_new_tokens": TOKENS, "sampling": Sampling(greedy=True), "on_text": lambda _: None}
+    return generate(model, tokenizer, ids, **options)[0].split("!")[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generation_tasks_get_the_models_own_words(
+    batch_size: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two answers are what `generate` says, the third is not: the score is two thirds, in any batch."""
+    answers = [greedy(folder / "model", q["question"]) for q in QUESTIONS]
+    assert len(set(answers)) > 1
+    answers[2] += "?"
+    rows = [{"question": q["question"], "answer": a} for q, a in zip(QUESTIONS, answers, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "offline_generation.yaml").write_text(GENERATION.format(file=tmp_path / "rows.jsonl", tokens=TOKENS))
+    options = ("--tasks", "offline_generation", "--include", tmp_path, "--batch-size", str(batch_size))
+    (ours,) = call_json(capsys, "eval", folder / "model", *options)["results"]
+    (score,) = ours["scores"]
+    assert score["metric"] == "exact_match"
+    assert score["value"] == pytest.approx(2 / 3)
+
+
+def test_what_cannot_be_scored_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The harness reads 14 thousand files to say which tasks it has: here it has those of the folder.
+    monkeypatch.setattr(
+        "bytelane.integrations.lm_eval.TaskManager",
+        lambda include_path=None, **_: TaskManager(
+            include_path=include_path or str(folder / "tasks"), include_defaults=False
+        ),
+    )
     code, _, err = call(capsys, "eval", folder / "model", "--tasks", "no_such_task_anywhere")
     assert code == 2
     assert "no_such_task_anywhere" in err

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     AutoTokenizer,
     Cache,
@@ -110,19 +111,30 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FileFormatError(f"no tokenizer that transformers can read: {error}", file=directory) from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, raw: bool = False) -> torch.Tensor:
-    """Token ids `[1, n]` of a prompt: through the chat template, or as plain text when `raw` or without a template."""
+    """Token ids `[1, n]` of a prompt: through the chat template, or as plain text when `raw` or without a template.
+
+    Raises:
+        FileFormatError: the checkpoint's chat template is none, or refuses the messages.
+    """
     if isinstance(prompt, str) and (raw or tokenizer.chat_template is None):
         return tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template is None:
         text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
         return tokenizer(text, return_tensors="pt")["input_ids"]  # type: ignore[no-any-return]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise FileFormatError(
+            f"the chat template does not take these messages: {error}", file=tokenizer.name_or_path
+        ) from error
     return encoded["input_ids"]  # type: ignore[no-any-return]
 
 

@@ -24,11 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from bytelane.cache import KVCacheChoice, install_kv_cache
 from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
 from bytelane.checkpoint.container import read_json
-from bytelane.checkpoint.plausible import check_counts
+from bytelane.checkpoint.plausible import check_counts, check_generation
 from bytelane.decoder import FloatOps, install_decoder
 from bytelane.dispatch import FLOATS
 from bytelane.errors import (
     CheckpointError,
+    ConfigError,
     FileFormatError,
     MissingTensorError,
     ModelConfigError,
@@ -82,7 +83,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     raw = read_json(file, ModelConfigError)
     check_counts(raw, file)
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         if "auto_map" in raw and not trust_remote_code:
             raise RemoteCodeError(
@@ -91,6 +92,35 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
                 tensor="auto_map",
             ) from error
         raise ModelConfigError(f"transformers cannot read it: {error}", file=file) from error
+    if config.is_encoder_decoder:
+        raise ModelConfigError("must be false: no causal language model", file=file, tensor="is_encoder_decoder")
+    _answer_plainly(config)
+    return config
+
+
+def _answer_plainly(config: PretrainedConfig) -> None:
+    """Undo what a file says about how calls answer: that is the caller's to say, and odd values end in odd places."""
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig):
+            _answer_plainly(part)
+
+
+def load_generation_config(directory: Path) -> GenerationConfig | None:
+    """The checkpoint's settings of generation; None where it has none.
+
+    Raises:
+        ConfigError: generation_config.json is no JSON object, or holds what no token can be chosen by.
+    """
+    file = directory / "generation_config.json"
+    if not file.exists():
+        return None
+    check_generation(read_json(file, ConfigError), file)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ConfigError(f"transformers cannot read it: {error}", file=file) from error
 
 
 def without_towers(config: PretrainedConfig) -> PretrainedConfig:
@@ -231,11 +261,12 @@ def load_model(
         path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, text_only=text_only
     )
     with checkpoint:
+        generation = load_generation_config(checkpoint.directory)
         install_kv_cache(model, checkpoint.kv_scales, choice=kv_cache, numerics=chosen, file=checkpoint.directory)
         _place(checkpoint, model, given.resolve(checkpoint), torch.device(device), chosen, progress)
     install_decoder(model, float_ops, numerics=chosen)
-    if (checkpoint.directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    if generation is not None:
+        model.generation_config = generation
     model.name_or_path = str(path)
     return model
 

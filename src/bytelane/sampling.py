@@ -124,7 +124,8 @@ class Chooser:
         generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
         names = [f.name for f in fields(cls) if f.name not in ("sample", "generator")]
         values = {name: value(name, cls.__dataclass_fields__[name].default) for name in names}
-        return cls(sample=bool(value("do_sample", False)), generator=generator, **values)
+        sample = bool(value("do_sample", False)) and values["temperature"] > 0
+        return cls(sample=sample, generator=generator, **values)
 
     def choose(self, logits: Tensor, used: Sequence[int]) -> int:
         """The next token.

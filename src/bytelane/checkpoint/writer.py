@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import stat
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from bytelane.checkpoint import compressed, gemma
 from bytelane.checkpoint.configuration import STORAGES, compressed_config, gemma_config, stored_as
 from bytelane.checkpoint.container import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, lies_inside
-from bytelane.checkpoint.exchange import replace_folder
+from bytelane.checkpoint.exchange import replace_folder, staging_folder
 from bytelane.checkpoint.rows import stored_kv_scales, stored_tensors
 from bytelane.checkpoint.types import KVScales, QuantizedModule, QuantizedTensors
 from bytelane.errors import (
@@ -277,30 +276,27 @@ def write_checkpoint(
     target = Path(directory).expanduser().resolve()
     _check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    staged.mkdir()
     try:
-        shards = _Shards(staged, max_shard_bytes, progress)
-        written = _write_tensors(shards, storage, modules, plain, dict(kv_scales or {}))
-        left = [*unquantized, *(tied or {})]
-        _check_names(written, left, tied or {})
-        quantization = (
-            compressed_config(written, left, kv_scales=bool(kv_scales))
-            if storage == compressed.METHOD
-            else gemma_config(written, left)
-        )
-        shards.finish()
-        if copy_from is not None:
-            _copy_small_files(Path(copy_from), staged)
-        _write_json(staged / CONFIG_NAME, {**config, "quantization_config": quantization})
-        for weights in staged.glob("*.safetensors"):
-            # safetensors makes its files private; a checkpoint is as readable as the user's other files
-            weights.chmod(stat.S_IMODE((staged / CONFIG_NAME).stat().st_mode))
-        _sync(staged)
-        replace_folder(staged, target)
-        _sync(target.parent)
+        with staging_folder(target) as staged:
+            shards = _Shards(staged, max_shard_bytes, progress)
+            written = _write_tensors(shards, storage, modules, plain, dict(kv_scales or {}))
+            left = [*unquantized, *(tied or {})]
+            _check_names(written, left, tied or {})
+            quantization = (
+                compressed_config(written, left, kv_scales=bool(kv_scales))
+                if storage == compressed.METHOD
+                else gemma_config(written, left)
+            )
+            shards.finish()
+            if copy_from is not None:
+                _copy_small_files(Path(copy_from), staged)
+            _write_json(staged / CONFIG_NAME, {**config, "quantization_config": quantization})
+            for weights in staged.glob("*.safetensors"):
+                # safetensors makes its files private; a checkpoint is as readable as the user's other files
+                weights.chmod(stat.S_IMODE((staged / CONFIG_NAME).stat().st_mode))
+            _sync(staged)
+            replace_folder(staged, target)
+            _sync(target.parent)
     except CheckpointError as error:
         raise error.within(target) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return target

@@ -16,7 +16,7 @@ from bytelane.cli.options import RunOptions
 from bytelane.cli.output import progress
 from bytelane.decoder import FloatOps
 from bytelane.generation import load_tokenizer
-from bytelane.models import load_model, resolve_checkpoint
+from bytelane.models import load_config, load_model, resolve_checkpoint
 from bytelane.quantize.text import Split
 from bytelane.scheme import Numerics
 
@@ -71,6 +71,7 @@ def load(model: str, options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTo
     float_ops = cast(FloatOps, check_choice("--float-ops", options.float_ops, get_args(FloatOps)))
     dtype = parse_dtype(options.dtype)
     directory = resolve_checkpoint(model)
+    load_config(directory, trust_remote_code=options.trust_remote_code)  # the tokenizer reads it too, and blames itself
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
     with progress("loading") as report:
         loaded = load_model(

@@ -16,6 +16,7 @@ from bytelane.cli.output import (
     ModelArgument,
     emit,
     progress,
+    remarks,
     table,
 )
 
@@ -68,7 +69,8 @@ def evaluate(
             reference,
             numerics=["integer", *(["emulated"] if emulated else [])],
             load=options,
-            options={"include": include or (), "limit": limit, "few_shot": few_shot, "batch_size": batch_size},
+            include=include or [],
+            options={"limit": limit, "few_shot": few_shot, "batch_size": batch_size},
             json_output=json_output,
         )
         return
@@ -146,6 +148,7 @@ def _evaluate_tasks(
     *,
     numerics: list[str],
     load: LoadOptions,
+    include: list[Path],
     options: dict[str, Any],
     json_output: bool,
 ) -> None:
@@ -154,7 +157,7 @@ def _evaluate_tasks(
         raise typer.BadParameter("needs the harness: pip install lm-eval", param_hint="--tasks")
     from bytelane.cli.common import check_choice, parse_dtype, quiet, set_threads, source_folder
     from bytelane.decoder import FloatOps
-    from bytelane.integrations.lm_eval import NAME, evaluate_tasks
+    from bytelane.integrations.lm_eval import NAME, evaluate_tasks, find_tasks
 
     quiet()
     set_threads(load.threads)
@@ -172,9 +175,11 @@ def _evaluate_tasks(
         runs.append(
             ("hf", str(source_folder(reference)), "float", {"dtype": load.dtype or "auto", "device": load.device})
         )
+    with remarks().status("looking the tasks up in lm-eval's index"):
+        found = find_tasks(names, include=include)
     results: list[dict[str, Any]] = []
     for registered, path, kind, arguments in runs:
-        scores = evaluate_tasks(path, names, registered=registered, arguments=arguments, **options)
+        scores = evaluate_tasks(path, found, registered=registered, arguments=arguments, **options)
         results.append({"model": path, "numerics": kind, "scores": [asdict(score) for score in scores]})
     if json_output:
         emit({"tasks": names, "results": results})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,26 +19,36 @@ from bytelane.cli.output import (
     size,
 )
 
+if TYPE_CHECKING:
+    from bytelane.sampling import Sampling
+
 MaxTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")]
-GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
-TemperatureOption = Annotated[float | None, typer.Option(min=0.0, help="Sampling temperature.")]
-TopKOption = Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")]
-TopPOption = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest p of probability.")
-]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
-SystemOption = Annotated[str | None, typer.Option("--system", help="A system message.")]
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How answers are asked for and sampled."""
+
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sampling temperature.")] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest p of probability.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+
+    def sampling(self) -> Sampling:
+        """As a request."""
+        from bytelane.sampling import Sampling
+
+        greedy = self.greedy or self.temperature == 0
+        return Sampling(greedy, self.temperature, self.top_k, self.top_p, None, self.seed)
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
     start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": prompt}]
-
-
-def _sampling(greedy: bool, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Any:
-    from bytelane.sampling import Sampling
-
-    return Sampling(greedy or temperature == 0, temperature, top_k, top_p, None, seed)
 
 
 @spread
@@ -46,13 +57,8 @@ def run(
     prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads standard input.")],
     max_new_tokens: MaxTokensOption = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    system: SystemOption = None,
-    greedy: GreedyOption = False,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    seed: SeedOption = None,
     *,
+    asked: AnswerOptions,
     options: RunOptions,
     json_output: JsonOption = False,
 ) -> None:
@@ -67,13 +73,13 @@ def run(
 
     loaded, tokenizer, directory = load(model, options)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = encode(tokenizer, text if raw else _messages(system, text), raw=raw)
+    ids = encode(tokenizer, text if raw else _messages(asked.system, text), raw=raw)
     answer, stats = generate(
         loaded,
         tokenizer,
         ids,
         max_new_tokens=max_new_tokens,
-        sampling=_sampling(greedy, temperature, top_k, top_p, seed),
+        sampling=asked.sampling(),
         on_text=(lambda _: None) if json_output else _write,
     )
     memory = peak_memory_bytes()
@@ -107,13 +113,8 @@ def _figures(stats: Any, memory: int) -> str:
 def chat(
     model: ModelArgument,
     max_new_tokens: MaxTokensOption = 1024,
-    system: SystemOption = None,
-    greedy: GreedyOption = False,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    seed: SeedOption = None,
     *,
+    asked: AnswerOptions,
     options: RunOptions,
     json_output: JsonOption = False,
 ) -> None:
@@ -127,8 +128,8 @@ def chat(
     from bytelane.generation import ChatSession, peak_memory_bytes
 
     loaded, tokenizer, _ = load(model, options)
-    sampling = _sampling(greedy, temperature, top_k, top_p, seed)
-    session = ChatSession(loaded, tokenizer, system=system)
+    sampling = asked.sampling()
+    session = ChatSession(loaded, tokenizer, system=asked.system)
     while (line := _ask(json_output)) is not None:
         if line in ("/exit", "/quit"):
             break

@@ -12,7 +12,7 @@ import typer
 from bytelane.cli.output import JsonOption, TrustOption, emit, progress, table, write_bytes
 
 if TYPE_CHECKING:
-    from bytelane.report.verify import KernelCheck
+    from bytelane.report.kernel_check import KernelCheck
     from bytelane.report.verify_checkpoint import CheckpointCheck, LayerCheck
 
 DIFFERS = 3

@@ -1,15 +1,14 @@
 """What a decoder layer consists of, read off transformers' modules.
 
-Each supported architecture has one reader, which names the modules, the norms and the order of their roundings. A layer
-whose class is not here, or that has something these parts do not describe, is refused with the reason, and keeps
-transformers' own forward.
+Each supported architecture has a row of `ARCHITECTURES` with a reader, which names the modules, the norms and the order
+of their roundings. A layer whose class is not here, or that has something these parts do not describe, is refused with
+the reason, and keeps transformers' own forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -155,13 +154,21 @@ def _common(layer: Any, activation: ActivationName) -> dict[str, Any]:
     }
 
 
+def _llama_norm(module: Any) -> NormPart:
+    return NormPart(module, module.variance_epsilon, weight_in_t=True)
+
+
+def _gemma3_norm(module: Any) -> NormPart:
+    return NormPart(module, module.eps, plus_one=True)
+
+
+def _gemma4_norm(module: Any) -> NormPart:
+    return NormPart(module, module.eps)
+
+
 def _llama(layer: Any) -> Parts:
     """Llama and Qwen 3: two norms, and in Qwen 3 one for each head of queries and keys."""
-
-    def norm(module: Any) -> NormPart:
-        return NormPart(module, module.variance_epsilon, weight_in_t=True)
-
-    attention = layer.self_attn
+    attention, norm = layer.self_attn, _llama_norm
     return Parts(
         **_common(layer, _activation(attention.config, "hidden_act")),
         input_norm=norm(layer.input_layernorm),
@@ -175,10 +182,7 @@ def _llama(layer: Any) -> Parts:
 
 
 def _gemma3(layer: Any) -> Parts:
-    def norm(module: Any) -> NormPart:
-        return NormPart(module, module.eps, plus_one=True)
-
-    attention = layer.self_attn
+    attention, norm = layer.self_attn, _gemma3_norm
     if getattr(attention, "attn_logit_softcapping", None):
         raise NotSupportedError("its attention scores are soft-capped")
     return Parts(
@@ -194,10 +198,7 @@ def _gemma3(layer: Any) -> Parts:
 
 
 def _gemma4(layer: Any) -> Parts:
-    def norm(module: Any) -> NormPart:
-        return NormPart(module, module.eps)
-
-    attention = layer.self_attn
+    attention, norm = layer.self_attn, _gemma4_norm
     if layer.enable_moe_block:
         raise NotSupportedError("it has a mixture of experts")
     own = not attention.is_kv_shared_layer
@@ -227,38 +228,81 @@ def _gemma4(layer: Any) -> Parts:
     )
 
 
-READERS: MappingProxyType[str, Callable[[Any], Parts]] = MappingProxyType(
-    {
-        "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _llama,
-        "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer": _llama,
-        "transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer": _gemma3,
-        "transformers.models.gemma4.modeling_gemma4.Gemma4TextDecoderLayer": _gemma4,
-    }
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model's code, by the exact names of its classes: a subclass may do something else.
+
+    Attributes:
+        module: transformers' module.
+        decoder: the text model, which `DecodeStack` can stand in for.
+        layer: its decoder layer.
+        norm: its norm.
+        read: a decoder layer's parts.
+        read_norm: a norm's part.
+    """
+
+    module: str
+    decoder: str
+    layer: str
+    norm: str
+    read: Callable[[Any], Parts]
+    read_norm: Callable[[Any], NormPart]
+
+
+_MODELS = "transformers.models"
+
+ARCHITECTURES = (
+    Architecture(
+        f"{_MODELS}.llama.modeling_llama", "LlamaModel", "LlamaDecoderLayer", "LlamaRMSNorm", _llama, _llama_norm
+    ),
+    Architecture(
+        f"{_MODELS}.qwen3.modeling_qwen3", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3RMSNorm", _llama, _llama_norm
+    ),
+    Architecture(
+        f"{_MODELS}.gemma3.modeling_gemma3",
+        "Gemma3TextModel",
+        "Gemma3DecoderLayer",
+        "Gemma3RMSNorm",
+        _gemma3,
+        _gemma3_norm,
+    ),
+    Architecture(
+        f"{_MODELS}.gemma4.modeling_gemma4",
+        "Gemma4TextModel",
+        "Gemma4TextDecoderLayer",
+        "Gemma4RMSNorm",
+        _gemma4,
+        _gemma4_norm,
+    ),
 )
-"""By the exact class of the decoder layer: a subclass may do something else."""
+"""Every architecture with native decoder layers."""
+
+
+def _architecture(module: nn.Module, role: str) -> Architecture | None:
+    """The architecture whose class of that role a module is of."""
+    kind = type(module)
+    known = (a for a in ARCHITECTURES if a.module == kind.__module__ and getattr(a, role) == kind.__qualname__)
+    return next(known, None)
+
+
+def is_decoder(module: nn.Module) -> bool:
+    """Whether a module is the text model of a known architecture."""
+    return _architecture(module, "decoder") is not None
 
 
 def read_parts(layer: nn.Module) -> Parts:
     """A decoder layer's parts.
 
     Raises:
-        NotSupportedError: no reader for its class, or something in it that the parts do not describe.
+        NotSupportedError: its class is of no known architecture, or something in it the parts do not describe.
     """
-    name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    reader = READERS.get(name)
-    if reader is None:
+    found = _architecture(layer, "layer")
+    if found is None:
         raise NotSupportedError(f"{type(layer).__name__} is not an architecture this build knows")
-    return reader(layer)
+    return found.read(layer)
 
 
 def norm_part(module: nn.Module) -> NormPart | None:
     """A norm outside the decoder layers, or None for a class that is not known."""
-    found: Any = module
-    match f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models."):
-        case "llama.modeling_llama.LlamaRMSNorm" | "qwen3.modeling_qwen3.Qwen3RMSNorm":
-            return NormPart(module, found.variance_epsilon, weight_in_t=True)
-        case "gemma3.modeling_gemma3.Gemma3RMSNorm":
-            return NormPart(module, found.eps, plus_one=True)
-        case "gemma4.modeling_gemma4.Gemma4RMSNorm":
-            return NormPart(module, found.eps)
-    return None
+    found = _architecture(module, "norm")
+    return None if found is None else found.read_norm(module)

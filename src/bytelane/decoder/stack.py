@@ -24,6 +24,7 @@ from bytelane import _native
 from bytelane.cache import GrowingCache, grows
 from bytelane.decoder.forward import LayerForward
 from bytelane.decoder.native import NativeLayer
+from bytelane.decoder.parts import is_decoder
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ class DecodeStack:
                 return None
             owners.append(own)
             natives.append(native)
-        known = {"LlamaModel", "Qwen3Model", "Gemma3TextModel", "Gemma4TextModel"}
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in (model, decoder))
-        if not natives or watched or type(decoder).__name__ not in known or model.device.type != "cpu":
+        if not natives or watched or not is_decoder(decoder) or model.device.type != "cpu":
             return None
         return cls(model, natives, owners)
 

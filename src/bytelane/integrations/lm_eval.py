@@ -102,13 +102,48 @@ class TaskScore:
     higher_is_better: bool | None
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of the harness that were found.
+
+    Attributes:
+        names: as the harness knows them, patterns resolved.
+        manager: the harness's index that they are in.
+    """
+
+    names: tuple[str, ...]
+    manager: TaskManager
+
+
+def find_tasks(tasks: Sequence[str], *, include: Sequence[Path] = ()) -> Tasks:
+    """Look tasks up, once for any number of models.
+
+    Args:
+        tasks: names or patterns the harness knows, or that files under `include` define.
+        include: folders with task files.
+
+    Raises:
+        QuantizeError: a task that the harness does not know.
+    """
+    paths = [str(path) for path in include]
+    # The harness's own index is thousands of files, a quarter of a minute: tasks that all come from `include` do
+    # without it.
+    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
+    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=paths or None)
+    known = manager.match_tasks(list(tasks))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown or not known:
+        raise QuantizeError(f"lm-eval knows no task called {', '.join(unknown)}; give its file's folder with --include")
+    return Tasks(tuple(known), manager)
+
+
 def evaluate_tasks(
     model: str,
-    tasks: Sequence[str],
+    tasks: Tasks,
     *,
     registered: str = NAME,
     arguments: dict[str, Any] | None = None,
-    include: Sequence[Path] = (),
     few_shot: int | None = None,
     limit: int | None = None,
     batch_size: int = 1,
@@ -117,37 +152,26 @@ def evaluate_tasks(
 
     Args:
         model: a folder or hub id.
-        tasks: names the harness knows, or that files under `include` define.
+        tasks: from `find_tasks`.
         registered: the model's name in the harness's registry: `bytelane`, or `hf` for a float model.
         arguments: further arguments of the registered class.
-        include: folders with task files.
         few_shot: examples in a prompt; None for the task's own.
         limit: read at most this many documents of a task.
         batch_size: sequences at a time.
 
     Raises:
-        QuantizeError: a task that the harness does not know.
         CheckpointError: the checkpoint is refused.
     """
-    paths = [str(path) for path in include]
-    # The harness's own index is thousands of files; tasks that all come from `include` do without it.
-    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
-    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
-        manager = TaskManager(include_path=paths or None)
-    known = manager.match_tasks(list(tasks))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown or not known:
-        raise QuantizeError(f"lm-eval knows no task called {', '.join(unknown)}; give its file's folder with --include")
     found = simple_evaluate(
         model=registered,
         model_args={"pretrained": model, **(arguments or {})},
-        tasks=known,
+        tasks=list(tasks.names),
         num_fewshot=few_shot,
         batch_size=batch_size,
         limit=limit,
         log_samples=False,
         bootstrap_iters=1000,
-        task_manager=manager,
+        task_manager=tasks.manager,
     )
     if found is None:
         raise ConfigError("the harness gave no result on this process", tensor=model)

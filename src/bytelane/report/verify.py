@@ -4,7 +4,7 @@ Every row of the dispatch table that can run here meets seeded problems of every
 on ragged shapes, with saturated codes, exact half steps, NaN and infinities, and is compared with an independent oracle
 (`bytelane.report.oracle`) bit for bit. Two operations sum floats, where no order is the right one: their exact problems
 (small multiples of powers of two, which no order rounds) are compared bit for bit, and random ones within the bound
-that the oracle derives.
+that the oracle derives. The native operations between the layers are `bytelane.report.verify_float`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from bytelane.dispatch import TABLE, Kernel, Problem, machine
 from bytelane.kernels import cpu
 from bytelane.packing import pack_rows
 from bytelane.report import oracle
+from bytelane.report.kernel_check import KernelCheck
+from bytelane.report.verify_float import OPERATIONS, verify_operation
 
 Array = NDArray[Any]
 
@@ -33,29 +36,6 @@ SHAPES = ((1, 17, 64), (1, 66, 129), (3, 5, 96), (16, 33, 160), (17, 70, 257), (
 GROUPED = ((1, 33, 256, 128), (5, 18, 384, 64), (17, 7, 96, 32), (2, 5, 65, 13))
 """The same with the inputs that share a scale."""
 _HALVES = ("bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class KernelCheck:
-    """What was found of one kernel.
-
-    Attributes:
-        kernel: its name in the dispatch table.
-        op: the operation.
-        problems: how many it was given.
-        values: outputs compared.
-        differing: outputs that were not what the oracle says.
-        first: the first problem with a difference, described; None without one.
-        skipped: why it was not run; None when it was.
-    """
-
-    kernel: str
-    op: str
-    problems: int = 0
-    values: int = 0
-    differing: int = 0
-    first: str | None = None
-    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -281,15 +261,17 @@ def verify_kernel(kernel: Kernel, *, seed: int = 0) -> KernelCheck:
 
 
 def verify_kernels(*, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> tuple[KernelCheck, ...]:
-    """Check every kernel of the dispatch table that can run on this machine.
+    """Check every kernel that can run on this machine: the dispatch table's, then those between the layers.
 
     Args:
         seed: of the problems; equal seeds make equal problems.
         progress: called with the kernels done and the kernels in all.
     """
+    checks: list[Callable[[], KernelCheck]] = [partial(verify_kernel, kernel, seed=seed) for kernel in TABLE]
+    checks += [partial(verify_operation, op, isa, seed=seed) for isa in cpu.compiled_isas() for op in OPERATIONS]
     found = []
-    for done, kernel in enumerate(TABLE, start=1):
-        found.append(verify_kernel(kernel, seed=seed))
+    for done, check in enumerate(checks, start=1):
+        found.append(check())
         if progress is not None:
-            progress(done, len(TABLE))
+            progress(done, len(checks))
     return tuple(found)
