@@ -196,9 +196,12 @@ void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int
                 dot_group<Isa, Bits, MR, OneBlock>(w, rows, q, stride, sum[i.value]);
             });
             for (int m = 0; m < MR; ++m) {
-                Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, sums);
-                for (int i = 0; i < 4; ++i) acc[m * acc_stride + n + i] = correct(sums[i], m);
+                std::int32_t* out = acc + m * acc_stride + n;
+                Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, out);
             }
+        }
+        for (int m = 0; m < MR; ++m) {
+            for (std::int64_t n = 0; n < count; ++n) acc[m * acc_stride + n] = correct(acc[m * acc_stride + n], m);
         }
         return;
     }

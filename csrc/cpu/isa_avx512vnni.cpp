@@ -60,7 +60,7 @@ struct Avx512Vnni {
 
     static constexpr int vector_bytes = 64;
     static constexpr bool spreads_in_registers = kVbmi;
-    static constexpr int sums = 8;
+    static constexpr int sums = 12;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 4;
 
@@ -99,7 +99,8 @@ struct Avx512Vnni {
             return Avx512Vnni::load_some(w, bytes);
         }
         static void clear(Sum& s) { s.wide = _mm512_setzero_si512(); }
-        static void flush(Sum&) {}
+        // nothing to flush; but without a use of the sum behind the loop GCC copies every one in every step
+        static void flush(Sum& s) { asm("" : "+v"(s.wide)); }
 
         template <int P>
         static Vector part(Vector w) {

@@ -118,17 +118,17 @@ void advise_huge_pages(std::uintptr_t address, std::int64_t size) {
 
 std::int64_t call_peak_dots(int isa, int bits, std::int64_t repeats, int threads) {
     if (bits < 2 || bits > 8) refuse("bits must be 2..8, found " + std::to_string(bits));
-    return kernels(isa).peak_dots({bits, repeats, at_least_one(threads)});
+    return kernels(isa).peak_dots({bits, repeats, Threads(threads)});
 }
 
 std::uint64_t call_read_all(int isa, std::uintptr_t words, std::int64_t bytes, int threads) {
-    return kernels(isa).read_all({pointer<const std::uint64_t>(words), bytes, at_least_one(threads)});
+    return kernels(isa).read_all({pointer<const std::uint64_t>(words), bytes, Threads(threads)});
 }
 
 void call_quantize(int isa, std::uintptr_t x, int dtype, std::int64_t count, std::uintptr_t input_scale,
                    std::uintptr_t q, int threads) {
     kernels(isa).quantize({pointer<const void>(x), dtype_of(dtype), count, pointer<const float>(input_scale),
-                           pointer<std::int8_t>(q), at_least_one(threads)});
+                           pointer<std::int8_t>(q), Threads(threads)});
 }
 
 void call_accumulate(int isa, int path, std::uintptr_t q, std::uintptr_t w, std::uintptr_t acc, std::int64_t m,
@@ -140,7 +140,9 @@ void call_accumulate(int isa, int path, std::uintptr_t q, std::uintptr_t w, std:
     args.acc = pointer<std::int32_t>(acc);
     args.m = m, args.n = n, args.k = k;
     args.bits = bits, args.group_size = group_size;
-    args.path = static_cast<Path>(path), args.threads = at_least_one(threads);
+    args.path = static_cast<Path>(path);
+    const Threads mine(threads);
+    args.threads = mine;
     kernels(isa).matmul(args);
 }
 
@@ -152,24 +154,41 @@ void call_requantize(int isa, std::uintptr_t acc, std::uintptr_t weight_scale, s
                              {pointer<const float>(weight_scale), pointer<const float>(input_scale),
                               pointer<const float>(output_scale), check_output_scales(output_scales, n),
                               pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)},
-                             m, n, groups, at_least_one(threads)});
+                             m, n, groups, Threads(threads)});
 }
 
-void call_linear(int isa, int path, std::uintptr_t x, int dtype, std::uintptr_t w, std::uintptr_t weight_scale,
-                 std::uintptr_t input_scale, std::uintptr_t output_scale, std::int64_t output_scales,
-                 std::uintptr_t bias, std::uintptr_t y, std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size, int threads) {
-    check_sizes(m, n, k, bits, group_size, path);
-    Matmul args = {};
-    args.x = pointer<const void>(x);
-    args.w = pointer<const std::uint8_t>(w);
-    args.output = {pointer<const float>(weight_scale), pointer<const float>(input_scale),
-                   pointer<const float>(output_scale), check_output_scales(output_scales, n),
-                   pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)};
-    args.m = m, args.n = n, args.k = k;
-    args.bits = bits, args.group_size = group_size;
-    args.path = static_cast<Path>(path), args.threads = at_least_one(threads);
-    kernels(isa).matmul(args);
-}
+// A layer's call with all but the activations in place and checked. It keeps addresses, not tensors: its owner does.
+class BoundLinear {
+  public:
+    BoundLinear(int isa, int path, int dtype, std::uintptr_t w, std::uintptr_t weight_scale, std::uintptr_t input_scale,
+                std::uintptr_t output_scale, std::int64_t output_scales, std::uintptr_t bias, std::int64_t n,
+                std::int64_t k, int bits, std::int64_t group_size)
+        : kernels_(kernels(isa)) {
+        check_sizes(0, n, k, bits, group_size, path);
+        args_.w = pointer<const std::uint8_t>(w);
+        args_.output.weight_scale = pointer<const float>(weight_scale);
+        args_.output.input_scale = pointer<const float>(input_scale);
+        args_.output.output_scale = pointer<const float>(output_scale);
+        args_.output.output_stride = check_output_scales(output_scales, n);
+        args_.output.bias = pointer<const float>(bias);
+        args_.output.dtype = dtype_of(dtype);
+        args_.n = n, args_.k = k, args_.bits = bits, args_.group_size = group_size;
+        args_.path = static_cast<Path>(path);
+    }
+
+    void run(std::uintptr_t x, std::uintptr_t y, std::int64_t m, int threads) const {
+        if (m < 0) refuse("sizes must not be negative");
+        Matmul args = args_;
+        args.x = pointer<const void>(x), args.output.y = pointer<void>(y);
+        const Threads mine(threads);
+        args.m = m, args.threads = mine;
+        kernels_.matmul(args);
+    }
+
+  private:
+    const Kernels& kernels_;
+    Matmul args_ = {};
+};
 
 void call_weight_only(int isa, std::uintptr_t x, int dtype, std::uintptr_t w, std::uintptr_t weight_scale,
                       std::uintptr_t output_scale, std::uintptr_t bias, std::uintptr_t y, std::int64_t m,
@@ -180,7 +199,7 @@ void call_weight_only(int isa, std::uintptr_t x, int dtype, std::uintptr_t w, st
     kernels(isa).weight_only({pointer<const void>(x), pointer<const std::uint8_t>(w),
                               pointer<const float>(weight_scale), pointer<const float>(output_scale),
                               pointer<const float>(bias), pointer<void>(y), dtype_of(dtype), m, n, k, bits, groups,
-                              at_least_one(threads)});
+                              Threads(threads)});
 }
 
 void call_embedding(int isa, std::uintptr_t ids, bool wide_ids, std::int64_t count, std::uintptr_t w,
@@ -195,7 +214,7 @@ void call_embedding(int isa, std::uintptr_t ids, bool wide_ids, std::int64_t cou
     }
     kernels(isa).embedding({pointer<const void>(ids), wide_ids, count, pointer<const std::uint8_t>(w), row_stride,
                             pointer<const float>(weight_scale), scale_stride, dim, groups, bits, embed_scale,
-                            pointer<void>(y), dtype_of(dtype), at_least_one(threads)});
+                            pointer<void>(y), dtype_of(dtype), Threads(threads)});
 }
 
 }  // namespace
@@ -203,6 +222,7 @@ void call_embedding(int isa, std::uintptr_t ids, bool wide_ids, std::int64_t cou
 
 NB_MODULE(_native, m) {
     using namespace bytelane::cpu;
+    watch_forks();
     using Free = nb::call_guard<nb::gil_scoped_release>;
     m.def("isas", [] {
         std::vector<std::string> names;
@@ -215,13 +235,17 @@ NB_MODULE(_native, m) {
         }
         return false;
     });
+    m.def("usable_threads", [](int asked) -> int { return Threads(asked); });
     m.def("advise_huge_pages", advise_huge_pages);
     m.def("peak_dots", call_peak_dots, Free());
     m.def("read_all", call_read_all, Free());
     m.def("quantize", call_quantize, Free());
     m.def("accumulate", call_accumulate, Free());
     m.def("requantize", call_requantize, Free());
-    m.def("linear", call_linear, Free());
+    nb::class_<BoundLinear>(m, "BoundLinear")
+        .def(nb::init<int, int, int, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t,
+                      std::uintptr_t, std::int64_t, std::int64_t, int, std::int64_t>())
+        .def("run", &BoundLinear::run, Free());
     m.def("weight_only", call_weight_only, Free());
     m.def("embedding", call_embedding, Free());
     bind_decoder(m);

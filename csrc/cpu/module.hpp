@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.hpp"
+#include "threads.hpp"
 
 namespace bytelane::cpu {
 
@@ -29,8 +30,6 @@ template <class T>
 T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
-
-inline int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
 
 // The decoder layer and the kernels it is made of: module_decoder.cpp.
 void bind_decoder(nanobind::module_& m);

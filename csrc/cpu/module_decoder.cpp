@@ -47,7 +47,7 @@ void call_norm_rows(int isa, Address x, std::int64_t x_stride, int dtype, Addres
     check_rows(rows, width);
     kernels(isa).norm_rows({pointer<const void>(x), x_stride, {pointer<const float>(weight), eps, weight_in_t},
                             pointer<const void>(residual), pointer<const float>(scalar), pointer<void>(y),
-                            dtype_of(dtype), rows, width, at_least_one(threads)});
+                            dtype_of(dtype), rows, width, Threads(threads)});
 }
 
 void call_head_rows(int isa, Address x, std::int64_t x_stride, int dtype, bool normalized, Address weight,
@@ -60,7 +60,7 @@ void call_head_rows(int isa, Address x, std::int64_t x_stride, int dtype, bool n
     const Norm norm = {pointer<const float>(weight), eps, weight_in_t};
     kernels(isa).head_rows({pointer<const void>(x), x_stride, normalized ? &norm : nullptr, pointer<const void>(cosine),
                             pointer<const void>(sine), angles, pointer<void>(y), dtype_of(dtype), rows, heads, dim,
-                            at_least_one(threads)});
+                            Threads(threads)});
 }
 
 void call_gate_rows(int isa, Address gate, std::int64_t gate_stride, Address up, std::int64_t up_stride, int dtype,
@@ -68,7 +68,7 @@ void call_gate_rows(int isa, Address gate, std::int64_t gate_stride, Address up,
     check_rows(rows, width);
     kernels(isa).gate_rows({pointer<const void>(gate), pointer<const void>(up), gate_stride, up_stride,
                             pointer<void>(y), activation_of(activation), dtype_of(dtype), rows, width,
-                            at_least_one(threads)});
+                            Threads(threads)});
 }
 
 void call_dense(int isa, Address x, Address w, Address bias, Address y, int dtype, std::int64_t m, std::int64_t n,
@@ -76,7 +76,7 @@ void call_dense(int isa, Address x, Address w, Address bias, Address y, int dtyp
     check_rows(m, k);
     if (n < 0) refuse("sizes must not be negative");
     kernels(isa).dense({pointer<const void>(x), pointer<const void>(w), pointer<const float>(bias), pointer<void>(y),
-                        dtype_of(dtype), m, n, k, at_least_one(threads)});
+                        dtype_of(dtype), m, n, k, Threads(threads)});
 }
 
 void call_store_codes(int isa, Address x, std::int64_t x_stride, int dtype, Address scale, Address codes,
@@ -102,7 +102,7 @@ void call_attention(int isa, Address q, int dtype, Address k, Address k_scale, s
     kernels(isa).attention({pointer<const void>(q), stored(k, k_scale, k_batch, k_head, k_token),
                             stored(v, v_scale, v_batch, v_head, v_token), pointer<const bool>(mask), mask_batch,
                             mask_query, pointer<void>(y), scaling, dtype_of(dtype), batch, queries, tokens, heads,
-                            kv_heads, dim, at_least_one(threads)});
+                            kv_heads, dim, Threads(threads)});
 }
 
 // --- the layer --------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class LayerBuilder {
         check_positive(m, "rows"), check_positive(angles, "angles");
         if ((k != 0) != layer_.k.there() || (v != 0) != layer_.v.there()) refuse("k and v are for a layer that has them");
         layer_.before({pointer<const void>(x), pointer<const void>(cosine), pointer<const void>(sine), angles,
-                       pointer<void>(q), pointer<void>(k), pointer<void>(v), m, at_least_one(threads)});
+                       pointer<void>(q), pointer<void>(k), pointer<void>(v), m, Threads(threads)});
     }
 
     void after(Address x, Address q, Address k, Address k_scale, std::int64_t k_batch, std::int64_t k_head,
@@ -215,7 +215,7 @@ class LayerBuilder {
         layer_.after({pointer<const void>(x), pointer<const void>(q), stored(k, k_scale, k_batch, k_head, k_token),
                       stored(v, v_scale, v_batch, v_head, v_token), pointer<const bool>(mask), mask_batch, mask_query,
                       pointer<const void>(per_layer), per_layer_stride, pointer<void>(y), batch, queries, tokens,
-                      at_least_one(threads)});
+                      Threads(threads)});
     }
 
     const DecoderLayer& sealed() const {
@@ -285,6 +285,7 @@ class LayerStack {
         const std::int64_t size = layers_.front()->dtype() == Dtype::float32 ? 4 : 2;
         std::vector<std::uint8_t> streams(static_cast<std::size_t>(2 * shape.hidden * size));
         const auto address = [](std::int64_t value) { return static_cast<Address>(value); };
+        const Threads mine(threads);
         Address from = x;
         for (std::int64_t i = 0; i < rows; ++i, fields += kFields) {
             if (fields[6] < 1) refuse("a layer sees at least the token at hand");
@@ -296,7 +297,7 @@ class LayerStack {
             const Address gate = per_layer == 0 ? 0 : per_layer + address(i * per_layer_step * size);
             layers_[i]->step({pointer<const void>(from), pointer<const void>(address(angle[2 * fields[7]])),
                               pointer<const void>(address(angle[2 * fields[7] + 1])), slot, pointer<const void>(gate),
-                              pointer<void>(to), at_least_one(threads)});
+                              pointer<void>(to), mine});
             from = to;
         }
     }

@@ -7,6 +7,7 @@ size or an unsupported `isa` raises ValueError, an id outside a table IndexError
 
 def isas() -> list[str]: ...
 def supported(isa: str, /) -> bool: ...
+def usable_threads(asked: int, /) -> int: ...
 def advise_huge_pages(address: int, size: int, /) -> None: ...
 def peak_dots(isa: int, bits: int, repeats: int, threads: int, /) -> int: ...
 def read_all(isa: int, words: int, size: int, threads: int, /) -> int: ...
@@ -30,26 +31,27 @@ def requantize(
     threads: int,
     /,
 ) -> None: ...
-def linear(
-    isa: int,
-    path: int,
-    x: int,
-    dtype: int,
-    w: int,
-    weight_scale: int,
-    input_scale: int,
-    output_scale: int,
-    output_scales: int,
-    bias: int,
-    y: int,
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    threads: int,
-    /,
-) -> None: ...
+
+class BoundLinear:
+    def __init__(
+        self,
+        isa: int,
+        path: int,
+        dtype: int,
+        w: int,
+        weight_scale: int,
+        input_scale: int,
+        output_scale: int,
+        output_scales: int,
+        bias: int,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        /,
+    ) -> None: ...
+    def run(self, x: int, y: int, m: int, threads: int, /) -> None: ...
+
 def weight_only(
     isa: int,
     x: int,

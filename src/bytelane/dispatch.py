@@ -77,6 +77,8 @@ class Kernel:
         dtypes: the activation dtypes it takes.
         min_rows: the fewest rows it takes.
         max_rows: the most rows it takes; None for any number.
+        bind: of a `linear` that takes any number of rows: makes a call for one layer, with all but the activations
+            checked, from `(dtype, in_features, weight, ..., group_size)`; None if it has no such call.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Kernel:
     dtypes: frozenset[torch.dtype] = FLOATS
     min_rows: int = 0
     max_rows: int | None = None
+    bind: Callable[..., cpu.BoundLinear] | None = None
 
     def refusal(self, problem: Problem, machine: Machine) -> str | None:
         """Why this kernel does not take the problem; None when it does."""
@@ -135,7 +138,8 @@ def _cpu_rows(isa: str) -> list[Kernel]:
             ("unpacked", "unpacks a block of rows to bytes, then dots bytes", {}),
         ):
             run = functools.partial(function, isa=isa, path=path)
-            rows.append(row(op, path, run, about, dtypes=dtypes, **limits))
+            bind = functools.partial(cpu.BoundLinear, isa=isa, path=path) if op == "linear" else None
+            rows.append(row(op, path, run, about, dtypes=dtypes, bind=bind, **limits))
     rows.append(
         row(
             "linear_weight_only",

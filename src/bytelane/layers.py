@@ -8,6 +8,7 @@ them, not on a rounded copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from bytelane import ops as _ops  # noqa: F401  (registers torch.ops.bytelane)
 from bytelane.dispatch import select
 from bytelane.errors import PackedShapeError, TensorShapeError
+from bytelane.kernels.cpu import BoundLinear
 from bytelane.packing import pack_rows
 from bytelane.scheme import EmbeddingScheme, LinearScheme, Numerics, WeightScheme, row_bytes
 from bytelane.validation import activation_scale, check_full_length_rows, check_integer_form, weight_scales
@@ -98,6 +100,7 @@ class QuantLinear(_PackedModule):
         check_full_length_rows(rows, num_bits, in_features)
         self.scheme = LinearScheme(weight, quantize_input=s_in is not None, quantize_output=s_out is not None)
         self.numerics = Numerics(numerics)
+        self._bound: BoundLinear | None = None
         self.register_buffer("packed", rows.contiguous())
         self.register_buffer("weight_scale", scale.contiguous())
         self.register_buffer("input_scale", None if s_in is None else s_in.to(rows.device))
@@ -166,21 +169,34 @@ class QuantLinear(_PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
-        weight, ops = self.scheme.weight, torch.ops.bytelane
         held = self._buffers  # a plain dictionary: attribute access to a buffer costs a microsecond, and this is hot
         packed, scale, bias = held["packed"], held["weight_scale"], held["bias"]
         s_in, s_out = held["input_scale"], held["output_scale"]
+        eager = not torch.compiler.is_compiling() and type(x) is Tensor
+        # An eager call on a plain tensor takes the kernel that the operation would take, without the dispatcher's
+        # detour, which costs as much as a small layer; so do checks of tensors that were checked before.
+        if eager and (bound := self._bound) is not None:
+            fits = self.numerics is Numerics.INTEGER and x.dtype is bound.dtype and x.is_cpu
+            if fits and bound.holds(packed, scale, s_in, s_out, bias):
+                return bound(x)
+        weight, ops = self.scheme.weight, torch.ops.bytelane
         if self.numerics is Numerics.EMULATED:
             return ops.linear_emulated(x, packed, scale, s_in, s_out, bias, weight.num_bits)  # type: ignore[no-any-return]
         if s_in is None:
             return ops.linear_weight_only(x, packed, scale, s_out, bias, weight.num_bits)  # type: ignore[no-any-return]
-        arguments = (x, packed, scale, s_in, s_out, bias, weight.num_bits, weight.group_size or 0)
-        if type(x) is not Tensor or torch.compiler.is_compiling():
-            return ops.linear(*arguments)  # type: ignore[no-any-return]
-        # An eager call on a plain tensor takes the kernel the operation would take, without the dispatcher's detour,
-        # which costs as much as a small layer.
+        arguments = (packed, scale, s_in, s_out, bias, weight.num_bits, weight.group_size or 0)
+        if not eager:
+            return ops.linear(x, *arguments)  # type: ignore[no-any-return]
         rows = x.numel() // self.in_features
-        return select("linear", x.device.type, x.dtype, *arguments[6:], rows).run(*arguments)
+        kernel = select("linear", x.device.type, x.dtype, *arguments[5:], rows)
+        if kernel.bind is None:
+            return kernel.run(x, *arguments)
+        self._bound = kernel.bind(x.dtype, self.in_features, *arguments)
+        return self._bound(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes over: not the addresses of this one's tensors."""
+        return self.__dict__ | {"_bound": None}
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
