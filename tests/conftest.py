@@ -1,4 +1,4 @@
-"""Models that the tests of the cache and of the chat share."""
+"""Models, tokenizers and texts that several tests share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+import calibration
 import tiny
 from bytelane.checkpoint import KVScales
 from bytelane.scheme import LinearScheme, WeightScheme
@@ -27,3 +29,14 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rowwise() -> Any:
     return row_by_row(gemma())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each of the tiny model's ids."""
+    return calibration.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return calibration.make_documents()

@@ -84,7 +84,17 @@ def quantize(
         str | None, typer.Option(help="**weights** (weight-only, as Gemma's), **full** or **float**.")
     ] = None,
     range_: Annotated[
-        str | None, typer.Option("--range", help="Activation ranges: minmax, or a percentile such as 99.99.")
+        str | None, typer.Option("--range", help="Activation ranges: minmax, mse, or a percentile such as 99.99.")
+    ] = None,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate the residual stream (Llama-like models).")
+    ] = None,
+    equalize: Annotated[
+        bool | None, typer.Option("--equalize/--no-equalize", help="Even out the channels of activations and weights.")
+    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="Of the weights: **nearest** or **gptq**.")] = None,
+    search: Annotated[
+        int | None, typer.Option(min=0, help="Choose the ranges of this many of the loudest tensors by loss.")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="**compressed-tensors** or **gemma**.")] = None,
     split: Annotated[
@@ -101,8 +111,8 @@ def quantize(
     r"""Make a wNa8o8 checkpoint from a float model and a text.
 
     The float model reads the text while the range of every layer's input and output is observed; layers that read the
-    same tensor share one input scale. Weights are rounded to nearest. The folder that comes out is complete, or it does
-    not come out at all.
+    same tensor share one input scale. Weights are rounded to nearest, or by GPTQ with the integer layers' own inputs.
+    The folder that comes out is complete, or it does not come out at all.
 
     Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\.=4' --range 99.99`
     """
@@ -122,6 +132,10 @@ def quantize(
         "head": head,
         "range": range_,
         "storage": storage,
+        "rotate": rotate,
+        "equalize": equalize,
+        "rounding": rounding,
+        "search": search,
     }
     values: dict[str, Any] = {} if recipe is None else Recipe.load(recipe).model_dump(mode="json")
     values.update({key: value for key, value in given.items() if value is not None})
@@ -163,7 +177,8 @@ def _summary(report: QuantizationReport) -> list[str]:
     }
     clipped = max((r.output_clipped or 0.0 for r in report.layers), default=0.0)
     lines = [
-        f"wrote {report.output} as {report.storage} in {report.seconds:.0f} s",
+        f"wrote {report.output} as {report.storage} in {report.seconds:.0f} s; "
+        f"at most {size(report.peak_bytes)} of memory",
         f"layers       {labels}",
         f"ranges       {ranges or 'none'}, from {report.tokens} tokens; "
         f"{len(report.shared_inputs)} groups of layers share an input scale; "

@@ -4,33 +4,46 @@
 `QuantizationReport` says what was done.
 """
 
+from bytelane.quantize.fold import FoldError, equalize, rotate
+from bytelane.quantize.gptq import Hessian, gptq
+from bytelane.quantize.layerwise import SequentialError
 from bytelane.quantize.observe import CalibrationError, observe
 from bytelane.quantize.pipeline import load_float_model, quantize_checkpoint, quantize_model
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Head, Range, Recipe, RecipeError, builtin_recipes, parse_range
 from bytelane.quantize.report import LayerReport, QuantizationReport
 from bytelane.quantize.rounding import round_to_nearest
+from bytelane.quantize.search import search_ranges
+from bytelane.quantize.sequential import quantize_sequentially
 from bytelane.quantize.text import TextError, read_documents, read_files, windows
 
 __all__ = [
     "CalibrationError",
+    "FoldError",
     "Head",
+    "Hessian",
     "LayerReport",
     "Plan",
     "QuantizationReport",
     "Range",
     "Recipe",
     "RecipeError",
+    "SequentialError",
     "TextError",
     "builtin_recipes",
+    "equalize",
+    "gptq",
     "load_float_model",
     "make_plan",
     "observe",
     "parse_range",
     "quantize_checkpoint",
     "quantize_model",
+    "quantize_sequentially",
     "read_documents",
     "read_files",
+    "rotate",
     "round_to_nearest",
+    "search_ranges",
     "windows",
 ]

@@ -1,17 +1,20 @@
-"""From a float model and text to a checkpoint: plan, observe, round, write.
+"""From a float model and text to a checkpoint: plan, fold, observe, search, round, write.
 
 - plan: the recipe meets the model; every refusal that needs no text comes first
+- fold: changes of basis in a copy of the model, where the recipe wants them
 - observe: the float model reads the calibration windows, ranges are kept
-- round: weights to codes, one module at a time, while the writer streams
+- search: the loudest ranges are chosen by loss, where the recipe wants it
+- round: weights to codes; to the nearest one module at a time while the writer streams, by GPTQ layer by layer before
 - write: `bytelane.checkpoint.write_checkpoint`: all of it or nothing
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,31 +25,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from bytelane.checkpoint import QuantizedModule, QuantizedTensors, write_checkpoint
 from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
+from bytelane.generation import peak_memory_bytes
 from bytelane.packing import pack_rows
+from bytelane.quantize.fold import equalize, rotate
 from bytelane.quantize.observe import Observations, Statistics, observe, range_scale
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Range, Recipe, RecipeError
 from bytelane.quantize.report import LayerReport, QuantizationReport
 from bytelane.quantize.rounding import round_to_nearest
+from bytelane.quantize.search import search_ranges
+from bytelane.quantize.sequential import quantize_sequentially
 from bytelane.quantize.text import Split, read_files, windows
 
 DEFAULT_WINDOW = 512
 DEFAULT_WINDOWS = 32
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage (`"observe"`, `"write"`), the steps done and the steps in all (windows; modules)."""
+"""Called with the stage, the steps done and the steps in all: `"equalize"` and `"observe"` count windows, `"search"`
+ranges tried, `"gptq"` decoder layers, `"write"` modules."""
+
+SEARCH_WINDOWS = 2
+"""Windows whose loss judges a range: it is read once for each range tried."""
+
+SEARCHED = "loss"
+"""The label of a range that was chosen by loss."""
 
 
 @dataclass(frozen=True)
 class _Side:
-    """A quantized activation side: its scale (float32 `[]`), the rule it came from, the share it clips."""
+    """A quantized activation side: its scale (float32 `[]`), the label of what it came from, the share it clips."""
 
     scale: Tensor
-    rule: Range
+    rule: str
     clipped: float
 
 
 def _limit(statistics: Statistics, rule: Range) -> float:
+    if rule.method == "mse":
+        return statistics.least_squares()
     return statistics.amax() if rule.percentile is None else statistics.percentile(rule.percentile)
 
 
@@ -68,9 +84,13 @@ def _sides(plan: Plan, seen: Observations) -> tuple[dict[str, _Side], dict[str, 
         sides = {}
         for name, rule in rules_of.items():
             limit = _limit(statistics_of[name], rule)
-            sides[name] = _Side(range_scale(limit, name, side), rule, statistics_of[name].clipped(limit))
+            sides[name] = _Side(range_scale(limit, name, side), rule.label, statistics_of[name].clipped(limit))
         made.append(sides)
     return made[0], made[1]
+
+
+def _scales(sides: Mapping[str, _Side]) -> dict[str, float]:
+    return {name: float(side.scale) for name, side in sides.items()}
 
 
 def quantize_model(
@@ -90,7 +110,7 @@ def quantize_model(
     """Make a wNa8o8 checkpoint from a float model in memory.
 
     Args:
-        model: the float model; it is read, never changed.
+        model: the float model; it is read, never changed (folding and gptq work on a copy).
         tokenizer: cuts the text, and is saved with the checkpoint.
         texts: calibration documents: see `bytelane.quantize.text`.
         recipe: what to do.
@@ -107,6 +127,8 @@ def quantize_model(
 
     Raises:
         RecipeError: the recipe does not fit the model.
+        FoldError: the architecture cannot be rotated.
+        SequentialError: gptq cannot run the model's layers one at a time.
         TextError: the text is too short.
         CalibrationError: the text gives a layer no range.
         CheckpointError: the checkpoint cannot be written, under the class that names the rule.
@@ -118,22 +140,43 @@ def quantize_model(
     plan = make_plan(model, recipe)
     seen = Observations({}, {}, (), 0)
     used: list[Tensor] = []
-    if plan.observed:
+
+    def staged(stage: str) -> Callable[[int], None]:
+        return lambda done: None if progress is None else progress(stage, done, len(used))
+
+    if plan.observed or recipe.equalize or recipe.rounding == "gptq":
         used = windows(tokenizer, texts, length=window, limit=max_windows)
-
-        def observed(done: int) -> None:
-            if progress is not None:
-                progress("observe", done, len(used))
-
+    source = model
+    if recipe.rotate or recipe.equalize or recipe.rounding == "gptq":
+        source = copy.deepcopy(model).eval()
+    if recipe.rotate:
+        rotate(source)
+        plan = make_plan(source, recipe)  # a tied head is no longer
+    if recipe.equalize:
+        equalize(source, used, progress=staged("equalize"))
+    if plan.observed:
         seen = observe(
-            model,
+            source,
             used,
             plan.observed,
-            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.percentile is not None],
-            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.percentile is not None],
-            progress=observed,
+            input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or recipe.search],
+            output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or recipe.search],
+            progress=staged("observe"),
         )
     inputs, outputs = _sides(plan, seen)
+    if recipe.search:
+        _search(source, used, seen, inputs, outputs, recipe.search, progress)
+    rounded: dict[str, tuple[Tensor, Tensor]] = {}
+    if recipe.rounding == "gptq":
+        rounded = quantize_sequentially(
+            source,
+            used,
+            plan.modules,
+            _scales(inputs),
+            _scales(outputs),
+            shared=seen.shared,
+            progress=None if progress is None else lambda done, total: progress("gptq", done, total),
+        )
     stored_dtype = dtype or model.dtype
     with tempfile.TemporaryDirectory(prefix="bytelane-") as temporary:
         if copy_from is None:
@@ -142,10 +185,10 @@ def quantize_model(
                 model.generation_config.save_pretrained(temporary)
         written = write_checkpoint(
             target,
-            config=checkpoint_config(model, plan, stored_dtype),
+            config=checkpoint_config(source, plan, stored_dtype),
             storage=recipe.storage,
-            modules=_rounded(model, plan, inputs, outputs, stored_dtype, progress),
-            plain=_plain(model, plan, stored_dtype),
+            modules=_rounded(source, plan, rounded, inputs, outputs, stored_dtype, progress),
+            plain=_plain(source, plan, stored_dtype),
             unquantized=plan.unquantized,
             tied=plan.tied,
             copy_from=copy_from or temporary,
@@ -164,12 +207,40 @@ def quantize_model(
         float_bytes=_float_bytes(model, stored_dtype),
         checkpoint_bytes=sum(path.stat().st_size for path in written.glob("*.safetensors")),
         seconds=round(time.perf_counter() - started, 3),
+        peak_bytes=peak_memory_bytes(),
     )
+
+
+def _search(
+    model: nn.Module,
+    used: Sequence[Tensor],
+    seen: Observations,
+    inputs: dict[str, _Side],
+    outputs: dict[str, _Side],
+    count: int,
+    progress: Progress | None,
+) -> None:
+    """Replace the sides of the loudest tensors by what the loss says of them."""
+    choices = search_ranges(
+        model,
+        used[:SEARCH_WINDOWS],
+        seen,
+        _scales(inputs),
+        _scales(outputs),
+        count,
+        progress=None if progress is None else lambda done, total: progress("search", done, total),
+    )
+    for choice in choices:
+        sides, statistics_of = (inputs, seen.inputs) if choice.side == "input" else (outputs, seen.outputs)
+        for name in choice.names:
+            scale = range_scale(choice.limit, name, choice.side)
+            sides[name] = _Side(scale, SEARCHED, statistics_of[name].clipped(choice.limit))
 
 
 def _rounded(
     model: nn.Module,
     plan: Plan,
+    done_before: Mapping[str, tuple[Tensor, Tensor]],
     inputs: dict[str, _Side],
     outputs: dict[str, _Side],
     dtype: torch.dtype,
@@ -178,8 +249,10 @@ def _rounded(
     """Every planned module with its codes, made when the writer asks for it."""
     for done, module in enumerate(plan.modules, start=1):
         source = model.get_submodule(module.name)
-        weight = source.get_parameter("weight")
-        codes, scale = round_to_nearest(weight, module.scheme.weight, module.name)
+        found = done_before.get(module.name)
+        if found is None:
+            found = round_to_nearest(source.get_parameter("weight"), module.scheme.weight, module.name)
+        codes, scale = found
         bias = source.get_parameter("bias").detach().to(dtype) if module.bias else None
         side_in, side_out = inputs.get(module.name), outputs.get(module.name)
         yield (
@@ -245,8 +318,8 @@ def _layer_report(module: QuantizedModule, side_in: _Side | None, side_out: _Sid
         weight_bytes=module.weight_bytes,
         input_scale=None if side_in is None else float(side_in.scale),
         output_scale=None if side_out is None else float(side_out.scale),
-        input_range=None if side_in is None else side_in.rule.label,
-        output_range=None if side_out is None else side_out.rule.label,
+        input_range=None if side_in is None else side_in.rule,
+        output_range=None if side_out is None else side_out.rule,
         input_clipped=None if side_in is None else side_in.clipped,
         output_clipped=None if side_out is None else side_out.clipped,
     )

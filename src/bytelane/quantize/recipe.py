@@ -84,16 +84,17 @@ class Range(_Frozen):
     """How an activation range follows from what was observed.
 
     Attributes:
-        method: `"minmax"` covers everything seen; `"percentile"` clips the rest.
+        method: `"minmax"` covers everything seen; `"percentile"` clips the rest; `"mse"` has the least squared error of
+            rounding and clipping together.
         percentile: the share of `|x|` to cover, in percent, below 100; for `"percentile"` only.
     """
 
-    method: Literal["minmax", "percentile"] = "minmax"
+    method: Literal["minmax", "percentile", "mse"] = "minmax"
     percentile: float | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Range:
-        if self.method == "minmax" and self.percentile is not None:
+        if self.method != "percentile" and self.percentile is not None:
             raise ValueError('"percentile" goes with {"method": "percentile"}; remove it or change the method')
         if self.method == "percentile" and (self.percentile is None or not 50 <= self.percentile < 100):
             raise ValueError(
@@ -104,12 +105,17 @@ class Range(_Frozen):
 
     @property
     def label(self) -> str:
-        """`"minmax"` or `"percentile 99.99"`."""
+        """`"minmax"`, `"mse"` or `"percentile 99.99"`."""
         return self.method if self.percentile is None else f"percentile {self.percentile:g}"
+
+    @property
+    def needs_histogram(self) -> bool:
+        """Whether the smallest and the largest value are not enough."""
+        return self.method != "minmax"
 
 
 class Recipe(_Frozen):
-    """How a float model becomes a wNa8o8 checkpoint. Weights are rounded to nearest, weight scales are float32.
+    """How a float model becomes a wNa8o8 checkpoint. Weight scales are float32.
 
     Attributes:
         default_bits: weight bits of linear layers that no pattern in `bits` matches.
@@ -124,6 +130,13 @@ class Recipe(_Frozen):
         input_ranges: ordered patterns to the range method of inputs. Layers that share an input must agree.
         output_ranges: ordered patterns to the range method of outputs.
         storage: how the checkpoint is written.
+        rotate: rotate the residual stream first (Llama-like models), which spreads massive activations over all
+            channels and gives a tied head a weight of its own: see `bytelane.quantize.fold`.
+        equalize: make the channels of activations and of weights equally wide first: see there.
+        rounding: of the weights inside the decoder layers: to the nearest, or by GPTQ (`bytelane.quantize.gptq`).
+            Other weights are rounded to the nearest.
+        search: how many of the loudest activation tensors get their range by the model's loss
+            (`bytelane.quantize.search`).
     """
 
     default_bits: Bits = 8
@@ -138,6 +151,10 @@ class Recipe(_Frozen):
     input_ranges: Mapping[Pattern, Range] = Field(default_factory=dict)
     output_ranges: Mapping[Pattern, Range] = Field(default_factory=dict)
     storage: Literal["compressed-tensors", "gemma"] = "compressed-tensors"
+    rotate: bool = False
+    equalize: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    search: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @model_validator(mode="after")
     def _check_storage(self) -> Recipe:
@@ -204,17 +221,17 @@ def builtin_recipes() -> tuple[str, ...]:
 
 
 def parse_range(text: str) -> Range:
-    """`"minmax"`, or a percentile such as `"99.99"`, as a `Range`.
+    """`"minmax"`, `"mse"`, or a percentile such as `"99.99"`, as a `Range`.
 
     Raises:
         RecipeError: neither.
     """
-    if text == "minmax":
-        return Range()
+    if text in ("minmax", "mse"):
+        return Range.model_validate({"method": text})
     try:
         return Range(method="percentile", percentile=float(text))
     except ValueError as error:  # also pydantic's
-        raise RecipeError(f'a range is "minmax" or a percentile from 50 to below 100, found {text!r}') from error
+        raise RecipeError(f'a range is "minmax", "mse" or a percentile from 50 to below 100, found {text!r}') from error
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -56,6 +56,7 @@ class QuantizationReport:
         float_bytes: parameters and buffers of the float model, each counted once, in the dtype they are stored in.
         checkpoint_bytes: safetensors files of the checkpoint.
         seconds: wall time, without loading the float model.
+        peak_bytes: the most memory the process has held so far, loading the float model included.
     """
 
     output: str
@@ -70,6 +71,7 @@ class QuantizationReport:
     float_bytes: int
     checkpoint_bytes: int
     seconds: float
+    peak_bytes: int = 0
 
     @property
     def labels(self) -> dict[str, int]:
