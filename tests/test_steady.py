@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,14 +62,18 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, count: int = 12, **opt
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("which", ["llama", "gemma4"])
 def test_a_soak_of_generate_is_flat(which: str, folder: Path) -> None:
-    """A leak of one KV cache (some 200 kB a round here), or of one thread, shows in as many rounds as these."""
+    """A leak of one KV cache (some 200 kB a round here), or of one thread, shows in as many rounds as these.
+
+    `BYTELANE_SOAK` counts them: some ten thousand take an hour.
+    """
+    rounds = int(os.environ.get("BYTELANE_SOAK", "60"))
     model, tokenizer = load_model(folder if which == "llama" else GEMMA), load_tokenizer(folder)
     first = [answer(model, tokenizer, prompt(seed)) for seed in range(3)]
     for _ in range(15):
         answer(model, tokenizer, prompt(0))
     gc.collect()
     memory, threads = resident_kilobytes(), operating_threads()
-    for round_ in range(60):
+    for round_ in range(rounds):
         assert answer(model, tokenizer, prompt(round_ % 3)) == first[round_ % 3]
     gc.collect()
     assert operating_threads() <= threads
@@ -155,14 +161,38 @@ def test_a_failing_write_is_the_systems_error(folder: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def _of_torch() -> None:
+    torch.empty(1 << 60, dtype=torch.int8)
+
+
+def _of_numpy() -> None:
+    np.zeros(1 << 60, np.int8)
+
+
+def _of_a_kernel() -> None:
+    raise MemoryError("std::bad_alloc")
+
+
+def _of_a_device() -> None:
+    """What torch raises where a GPU has no more: no GPU is needed to raise it."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
 @pytest.mark.parametrize("json_output", [True, False])
+@pytest.mark.parametrize("run_out", [_of_torch, _of_numpy, _of_a_kernel, _of_a_device])
+@pytest.mark.parametrize("where", ["bytelane.cli.common.load_model", "bytelane.generation.generate"])
 def test_memory_that_runs_out_is_said(
-    json_output: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str,
+    run_out: Callable[[], None],
+    json_output: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def too_much(*_: object, **__: object) -> None:
-        torch.empty(1 << 60, dtype=torch.int8)
+        run_out()
 
-    monkeypatch.setattr("bytelane.cli.common.load_model", too_much)
+    monkeypatch.setattr(where, too_much)
     with pytest.raises(SystemExit) as ended:
         main(["run", str(folder), "Hello", *(["--json"] if json_output else [])])
     assert ended.value.code == 1

@@ -75,17 +75,24 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(arguments, type(error).__name__, str(error), 2)
     except KeyboardInterrupt:
         _fail(arguments, "Interrupted", "interrupted; nothing was left half-written", 130)
-    except (OSError, MemoryError) as error:
-        _fail(arguments, type(error).__name__, str(error) or "out of memory", 1)
-    except RuntimeError as error:
+    except OSError as error:
+        _fail(arguments, type(error).__name__, str(error), 1)
+    except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        _fail(arguments, "MemoryError", f"out of memory: {error}", 1)
+        _fail(arguments, "MemoryError", ": ".join(filter(None, ("out of memory", str(error)))), 1)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch that found no memory, on the CPU (a plain RuntimeError) or on a device."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether it is memory that ran out: Python's or a native kernel's, or torch's on the CPU or on a device.
+
+    torch's own class is named, not imported; on the CPU it raises a plain RuntimeError.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _fail(arguments: list[str], kind: str, message: str, code: int) -> None:
