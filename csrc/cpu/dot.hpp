@@ -180,45 +180,50 @@ template <class Isa, int Bits, int MR, bool OneBlock = false>
 void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m0, std::uint32_t offset,
               std::int32_t* acc, std::int64_t acc_stride) {
     using Sum = typename Isa::template Dot<Bits>::Sum;
+    constexpr std::int64_t some = 64;  // groups whose folds wait for those of the next rows
     const std::int64_t groups = codes.groups, stride = codes.stride;
     const std::uint8_t* q = codes.first + m0 * stride;
-    const std::int32_t* q_sums = codes.sums + m0 * groups;
-    const auto correct = [&](std::int32_t sum, std::int64_t at) {
-        return static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) -
-                                         offset * static_cast<std::uint32_t>(q_sums[at]));
-    };
-    Sum sum[4][MR];
-    std::int32_t sums[4];
-    if (groups == 1) {
-        for (std::int64_t n = 0; n < count; n += 4) {
+    for (std::int64_t n = 0; n < count; n += 4) {
+        const auto row = [&](int i) { return rows.first + smaller(n + i, count - 1) * rows.stride; };
+        Sum sum[4][MR];
+        if (groups == 1) {
             unroll<4>([&](auto i) __attribute__((always_inline)) {
-                const std::uint8_t* w = rows.first + smaller(n + i.value, count - 1) * rows.stride;
-                dot_group<Isa, Bits, MR, OneBlock>(w, rows, q, stride, sum[i.value]);
+                dot_group<Isa, Bits, MR, OneBlock>(row(i.value), rows, q, stride, sum[i.value]);
             });
             for (int m = 0; m < MR; ++m) {
                 std::int32_t* out = acc + m * acc_stride + n;
                 Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, out);
             }
+            continue;
         }
-        for (int m = 0; m < MR; ++m) {
-            for (std::int64_t n = 0; n < count; ++n) acc[m * acc_stride + n] = correct(acc[m * acc_stride + n], m);
-        }
-        return;
-    }
-    for (std::int64_t n = 0; n < count; ++n) {
-        const std::uint8_t* w = rows.first + n * rows.stride;
-        for (std::int64_t g0 = 0; g0 < groups; g0 += 4) {
-            unroll<4>([&](auto i) __attribute__((always_inline)) {
-                const std::int64_t g = smaller(g0 + i.value, groups - 1);
-                dot_group<Isa, Bits, MR, OneBlock>(w + g * rows.group_stride, rows, q + g * codes.group_stride, stride,
-                                                   sum[i.value]);
-            });
-            for (int m = 0; m < MR; ++m) {
-                Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, sums);
-                for (std::int64_t i = 0; i < smaller(4, groups - g0); ++i) {
-                    acc[(m * groups + g0 + i) * acc_stride + n] = correct(sums[i], m * groups + g0 + i);
+        for (std::int64_t first = 0; first < groups; first += some) {
+            const std::int64_t here = smaller(some, groups - first);
+            std::int32_t folded[4][MR][some];
+            for (int i = 0; i < 4; ++i) {
+                for (std::int64_t g0 = 0; g0 < here; g0 += 4) {
+                    unroll<4>([&](auto j) __attribute__((always_inline)) {
+                        const std::int64_t g = first + smaller(g0 + j.value, here - 1);
+                        dot_group<Isa, Bits, MR, OneBlock>(row(i) + g * rows.group_stride, rows,
+                                                           q + g * codes.group_stride, stride, sum[j.value]);
+                    });
+                    for (int m = 0; m < MR; ++m) {
+                        Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, folded[i][m] + g0);
+                    }
                 }
             }
+            for (int m = 0; m < MR; ++m) {
+                std::int32_t* out = acc + (m * groups + first) * acc_stride + n;
+                for (std::int64_t g = 0; g < here; ++g, out += acc_stride) {
+                    for (int i = 0; i < 4; ++i) out[i] = folded[i][m][g];
+                }
+            }
+        }
+    }
+    for (std::int64_t at = 0; at < MR * groups; ++at) {
+        const std::uint32_t correction = offset * static_cast<std::uint32_t>(codes.sums[m0 * groups + at]);
+        std::int32_t* out = acc + at * acc_stride;
+        for (std::int64_t n = 0; n < count; ++n) {
+            out[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(out[n]) - correction);
         }
     }
 }

@@ -53,10 +53,10 @@ inline __m512i spread_64(__m512i packed) {
 constexpr bool kVbmi = false;
 #endif
 
-struct Avx512VnniNarrow;
+struct Avx512VnniHalf;
 
 struct Avx512Vnni {
-    using Narrow = Avx512VnniNarrow;
+    using Narrow = Avx512VnniHalf;
 
     static constexpr int vector_bytes = 64;
     static constexpr bool spreads_in_registers = kVbmi;
@@ -286,8 +286,71 @@ struct Avx512Vnni {
     }
 };
 
-// 16-byte vectors, for groups that are not whole 64-byte ones.
-struct Avx512VnniNarrow : Avx512Vnni {
+struct Avx512VnniQuarter;
+
+// 32-byte vectors, for groups that are not whole 64-byte ones.
+struct Avx512VnniHalf : Avx512Vnni {
+    using Narrow = Avx512VnniQuarter;
+
+    static constexpr int vector_bytes = 32;
+
+    using Vector = __m256i;
+
+    static Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+    static Vector load_some(const void* p, int bytes) {
+        return _mm256_maskz_loadu_epi8(static_cast<__mmask32>((1u << bytes) - 1), p);
+    }
+
+    static std::int32_t total(__m256i wide) { return Avx512Vnni::total(_mm512_zextsi256_si512(wide)); }
+
+    static void total_4(__m256i a, __m256i b, __m256i c, __m256i d, std::int32_t* out) {
+        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+        const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    }
+
+    template <int Bits>
+    struct Dot {
+        using Lane = std::int8_t;
+        static constexpr int parts = 8 / Bits;
+        static constexpr int blocks_per_flush = kNeverFlush;
+
+        struct Sum {
+            __m256i wide;
+        };
+
+        static Vector load(const std::uint8_t* w) { return Avx512VnniHalf::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx512VnniHalf::load_some(w, bytes); }
+        static void clear(Sum& s) { s.wide = _mm256_setzero_si256(); }
+        static void flush(Sum& s) { asm("" : "+v"(s.wide)); }
+
+        template <int P>
+        static Vector part(Vector w) {
+            if constexpr (Bits == 8) return w;
+            if constexpr (P > 0) w = _mm256_srli_epi16(w, P * Bits);
+            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+        }
+
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            if constexpr (Bits == 8) return w;
+            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm256_add_epi32(total.wide, _mm256_srai_epi32(part.wide, P * Bits));
+        }
+
+        static void add(Sum& s, Vector u, Vector q) { s.wide = _mm256_dpbusd_epi32(s.wide, u, q); }
+    };
+};
+
+// 16-byte vectors, for groups that are not whole 32-byte ones either.
+struct Avx512VnniQuarter : Avx512Vnni {
+    using Narrow = Avx512VnniQuarter;
+
     static constexpr int vector_bytes = 16;
 
     using Vector = __m128i;
@@ -315,10 +378,10 @@ struct Avx512VnniNarrow : Avx512Vnni {
             __m128i wide;
         };
 
-        static Vector load(const std::uint8_t* w) { return Avx512VnniNarrow::load(w); }
-        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx512VnniNarrow::load_some(w, bytes); }
+        static Vector load(const std::uint8_t* w) { return Avx512VnniQuarter::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx512VnniQuarter::load_some(w, bytes); }
         static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
-        static void flush(Sum&) {}
+        static void flush(Sum& s) { asm("" : "+v"(s.wide)); }
 
         template <int P>
         static Vector part(Vector w) {

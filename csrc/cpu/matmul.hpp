@@ -178,11 +178,26 @@ class MatmulDriver {
     int threads_;
 };
 
-// Canonical rows in place, or, where groups are not whole vectors, of narrow ones.
+// Canonical rows in place: groups that are not whole vectors in narrower ones.
 template <class Isa, int Bits>
 void matmul_in_place(const Matmul& args) {
-    if (args.group_size % Layout<Isa, Bits>::block_codes == 0) return MatmulDriver<Isa, Bits, false>(args).run();
-    MatmulDriver<typename Isa::Narrow, Bits, false>(args).run();
+    if constexpr (Isa::vector_bytes > kGroupBytes) {
+        if (args.group_size % Layout<Isa, Bits>::block_codes != 0) {
+            return matmul_in_place<typename Isa::Narrow, Bits>(args);
+        }
+    }
+    MatmulDriver<Isa, Bits, false>(args).run();
+}
+
+// The widest vectors that groups of bytes are a whole number of; where there are none, groups are padded.
+template <class Isa, class Widest = Isa>
+void matmul_bytes(const Matmul& args) {
+    if (args.group_size % Layout<Isa, 8>::block_codes == 0) return MatmulDriver<Isa, 8, true>(args).run();
+    if constexpr (Isa::vector_bytes > kGroupBytes) {
+        matmul_bytes<typename Isa::Narrow, Widest>(args);
+    } else {
+        MatmulDriver<Widest, 8, true>(args).run();
+    }
 }
 
 template <class Isa>
@@ -197,15 +212,11 @@ void matmul_unpacked(const Matmul& args) {
             }
         }
     }
-    if (args.group_size % Layout<Isa, 8>::block_codes != 0 && args.group_size % kGroupBytes == 0) {
-        return MatmulDriver<typename Isa::Narrow, 8, true>(args).run();
-    }
-    MatmulDriver<Isa, 8, true>(args).run();
+    matmul_bytes<Isa>(args);
 }
 
 template <class Isa>
 void matmul(const Matmul& args) {
-    static_assert(Layout<typename Isa::Narrow, 2>::vector_bytes == kGroupBytes);
     if (args.m == 0 || args.n == 0) return;
     const bool packed = args.path == Path::packed;
     if (args.m >= (packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2)) {
