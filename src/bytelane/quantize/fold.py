@@ -201,9 +201,9 @@ def equalize(
     for b in found:
         for linear in (b.q, b.gate, b.o, b.down):
             maxima.watch(linear, output=False)
-        for linear in (b.q, b.k):
-            if linear is not None:
-                maxima.watch(linear, output=True)
+        for projection in (b.q, b.k):
+            if projection is not None:
+                maxima.watch(projection, output=True)
     device = next(model.parameters()).device
     try:
         for done, window in enumerate(windows, start=1):
