@@ -12,7 +12,7 @@ from torch import nn
 
 from bytelane.quantize import FoldError, equalize, observe, rotate
 from bytelane.quantize.blocks import blocks, norm_gain
-from bytelane.quantize.fold import rotation
+from bytelane.quantize.fold import check_same_function, rotation
 
 SIZES = {
     "hidden_size": 48,
@@ -168,3 +168,21 @@ def test_a_norm_is_told_by_what_it_computes() -> None:
     assert other[1] == 1.0
     assert norm_gain(nn.LayerNorm(8)) is None
     assert norm_gain(nn.Identity()) is None
+
+
+def test_an_architecture_unlike_its_names_is_refused(ids) -> None:
+    """Ernie's rotary pairs are neighbours, not halves apart: scaling keys as if they were halves is not exact there."""
+    model = make("Ernie4_5")
+    with torch.no_grad():
+        for b in blocks(model):  # attention that looks somewhere, as a trained model's does
+            for linear in (b.q, b.k, b.v, b.o):
+                linear.weight *= 12
+    folded = copy.deepcopy(model)
+    equalize(folded, [ids[0]])
+    with pytest.raises(FoldError, match=r"computes something else.*leave `equalize`"):
+        check_same_function(model, folded, ids[0])
+    llama = make("Llama")
+    folded = copy.deepcopy(llama)
+    rotate(folded)
+    equalize(folded, [ids[0]])
+    check_same_function(llama, folded, ids[0])

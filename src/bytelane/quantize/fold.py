@@ -134,6 +134,40 @@ def rotate(model: Any) -> None:
     read((head,), final)
 
 
+CHECKED_TOKENS = 64
+"""Tokens of the first window that a folded model is compared on."""
+
+_DIFFERENCES = {torch.float32: 2.0**-8, torch.float64: 2.0**-8}
+"""Allowed relative difference of the logits. Some ten thousand roundings of 2^-24 stand between them and massive
+activations cancel; a fold that does not fit the architecture is wrong by a whole."""
+_COARSE_DIFFERENCE = 0.25
+"""In 16-bit dtypes the folded weights themselves are rounded to 8 or 11 bits."""
+
+
+@torch.no_grad()
+def check_same_function(model: Any, folded: Any, window: Tensor) -> None:
+    """Refuse a fold that changed what the model computes: an architecture unlike what its names say.
+
+    Args:
+        model: the float model.
+        folded: the same after `rotate` or `equalize`.
+        window: int64 `[length]` token ids.
+
+    Raises:
+        FoldError: the logits differ by more than rounding.
+    """
+    ids = window[None, :CHECKED_TOKENS].to(next(model.parameters()).device)
+    before = model(input_ids=ids, use_cache=False).logits.to(torch.float32)
+    after = folded(input_ids=ids, use_cache=False).logits.to(torch.float32)
+    difference = float((after - before).norm() / before.norm())
+    if not difference <= _DIFFERENCES.get(model.dtype, _COARSE_DIFFERENCE):
+        raise FoldError(
+            f"{type(model).__name__}: equalized or rotated it computes something else (its logits differ by "
+            f"{difference:.1%}): its layers are not as their names say, or its dtype {model.dtype} is too coarse; "
+            f"leave `equalize` and `rotate` out"
+        )
+
+
 class _Maxima:
     """Hooks that keep `amax |x_j|` of the inputs or outputs of linears, per channel."""
 
@@ -201,9 +235,9 @@ def equalize(
     for b in found:
         for linear in (b.q, b.gate, b.o, b.down):
             maxima.watch(linear, output=False)
-        for linear in (b.q, b.k):
-            if linear is not None:
-                maxima.watch(linear, output=True)
+        for projection in (b.q, b.k):
+            if projection is not None:
+                maxima.watch(projection, output=True)
     device = next(model.parameters()).device
     try:
         for done, window in enumerate(windows, start=1):

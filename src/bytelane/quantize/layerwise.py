@@ -96,7 +96,8 @@ def first_hidden(model: Any, first: nn.Module, window: Tensor) -> Tensor:
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden states that leave a layer."""
     out = layer(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 @torch.no_grad()

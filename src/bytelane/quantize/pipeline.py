@@ -27,7 +27,7 @@ from bytelane.checkpoint import QuantizedModule, QuantizedTensors, write_checkpo
 from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
 from bytelane.generation import peak_memory_bytes
 from bytelane.packing import pack_rows
-from bytelane.quantize.fold import equalize, rotate
+from bytelane.quantize.fold import check_same_function, equalize, rotate
 from bytelane.quantize.observe import Observations, Statistics, observe, range_scale
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Range, Recipe, RecipeError
@@ -127,7 +127,7 @@ def quantize_model(
 
     Raises:
         RecipeError: the recipe does not fit the model.
-        FoldError: the architecture cannot be rotated.
+        FoldError: the architecture cannot be rotated or equalized.
         SequentialError: gptq cannot run the model's layers one at a time.
         TextError: the text is too short.
         CalibrationError: the text gives a layer no range.
@@ -144,7 +144,7 @@ def quantize_model(
     def staged(stage: str) -> Callable[[int], None]:
         return lambda done: None if progress is None else progress(stage, done, len(used))
 
-    if plan.observed or recipe.equalize or recipe.rounding == "gptq":
+    if plan.observed or recipe.equalize or recipe.rotate or recipe.rounding == "gptq":
         used = windows(tokenizer, texts, length=window, limit=max_windows)
     source = model
     if recipe.rotate or recipe.equalize or recipe.rounding == "gptq":
@@ -154,6 +154,8 @@ def quantize_model(
         plan = make_plan(source, recipe)  # a tied head is no longer
     if recipe.equalize:
         equalize(source, used, progress=staged("equalize"))
+    if recipe.rotate or recipe.equalize:
+        check_same_function(model, source, used[0])
     if plan.observed:
         seen = observe(
             source,

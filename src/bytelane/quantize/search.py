@@ -117,7 +117,7 @@ def search_ranges(
                 del scales_of[side][name]
         for _, side, names, statistics in loudest:
             index = int(names[0].removeprefix(f"{prefix}.").split(".")[0])
-            states, at = advance(layers[at:index], calls[at:index], states), index
+            states, at = advance(list(layers)[at:index], calls[at:index], states), index
             losses: dict[float, float] = {}
             with entered_at(layers, index, states):
                 for limit in candidates(statistics):
