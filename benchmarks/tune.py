@@ -1,11 +1,11 @@
 """What tuning recovers: perplexity of a model in float, quantized to nearest, and tuned for a given time.
 
-    python benchmarks/tune.py MODEL --text wiki.utf8 --more c4.utf8 --variant w4a8o8 --seconds 200
+    python benchmarks/tune.py MODEL --text wiki.utf8 --more c4.utf8 --variant w4a8o8 --seconds 200 --rate 3e-4
 
 MODEL is a float checkpoint folder or a GGUF file. Of `--text`, the calibration documents are trained on and the
 evaluation documents scored (40 windows of 512 tokens); `--more` is trained on whole. Every linear layer of the decoder
-has both sides quantized; the embedding and the head, which share their codes, are weights alone. Scores are of the
-integer layers. The last line is JSON.
+has both sides quantized; the embedding and the head are weights alone, with shared codes unless rotated. Scores are of
+the integer layers. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--more", type=Path, action="append", default=[])
     parser.add_argument("--variant", choices=[*VARIANTS], action="append", required=True)
-    parser.add_argument("--range", default="99.99")
+    parser.add_argument("--range", default="mse")
+    parser.add_argument("--rotate", action="store_true", help="rotate the student's residual stream first")
+    parser.add_argument("--equalize", action="store_true", help="equalize its channels")
     parser.add_argument("--seconds", type=float, action="append", required=True, help="for each variant")
     parser.add_argument("--rate", type=float, action="append", required=True, help="learning rate for each variant")
     parser.add_argument("--scale-rate", type=float, default=2e-3)
@@ -75,7 +77,8 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     for variant, seconds, rate in zip(given.variant, given.seconds, given.rate, strict=True):
         started = time.perf_counter()
-        recipe = Recipe.of({**VARIANTS[variant], "head": "weights", "range": given.range})
+        changes = {"rotate": given.rotate, "equalize": given.equalize}
+        recipe = Recipe.of({**VARIANTS[variant], "head": "weights", "range": given.range, **changes})
         student = prepare(copy.deepcopy(teacher).requires_grad_(True), recipe, observed)
         prepared = time.perf_counter() - started
         untuned = evaluate(student.eval(), held, dtype=torch.bfloat16)[0] if given.untuned else None

@@ -16,7 +16,7 @@ import tiny
 from bytelane.cli import main
 from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
 from bytelane.models import load_model, open_model
-from bytelane.quantize import Recipe, round_to_nearest
+from bytelane.quantize import Recipe, RecipeError, round_to_nearest
 from bytelane.scheme import LinearScheme, WeightScheme, code_range
 from bytelane.tune import (
     TunedLinear,
@@ -219,6 +219,23 @@ def test_an_export_loads_as_the_frozen_model(tmp_path, architecture, storage, dt
         checkpoint, _ = open_model(tmp_path / "out")
         with checkpoint:
             assert dict(checkpoint.tied) == {"lm_head": "model.embed_tokens"}
+
+
+def test_a_rotated_student_starts_as_the_float_model_and_exports(tmp_path) -> None:
+    """At 8 bits on both sides the folded student is close to the float model; its head is no longer tied."""
+    teacher = tied_llama()
+    recipe = {"rotate": True, "equalize": True, "range": "mse", "default_bits": 8, "bits": {}, "embeddings": 8}
+    student = student_of(tied_llama(), **recipe)
+    ids = make_windows(1, 20, seed=3)[0][None]
+    export_checkpoint(student, tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = teacher(ids).logits, student.freeze()(ids).logits
+        assert torch.equal(load_model(tmp_path / "out", float_ops="torch")(ids).logits, found)
+    # Each of the 30 or so roundings adds noise of about 1/127 of a range.
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    assert not student.plan.tied
+    with pytest.raises(RecipeError, match="leave `rounding` and `search` out"):
+        student_of(tied_llama(), rounding="gptq")
 
 
 def test_layers_that_share_an_input_share_its_scale() -> None:

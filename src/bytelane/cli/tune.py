@@ -34,7 +34,13 @@ def tune(
     ] = None,
     range_: Annotated[
         str | None,
-        typer.Option("--range", help="Where activation ranges start: minmax, or a percentile such as 99.99."),
+        typer.Option("--range", help="Where activation ranges start: minmax, mse, or a percentile such as 99.99."),
+    ] = None,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate the residual stream (Llama-like models).")
+    ] = None,
+    equalize: Annotated[
+        bool | None, typer.Option("--equalize/--no-equalize", help="Even out the channels of activations and weights.")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="**compressed-tensors** or **gemma**.")] = None,
     kv_cache: Annotated[bool, typer.Option("--kv-cache", help="Learn int8 scales of the KV cache too.")] = False,
@@ -94,6 +100,8 @@ def tune(
         "embeddings": embeddings,
         "head": head,
         "range": range_,
+        "rotate": rotate,
+        "equalize": equalize,
         "storage": storage,
     }
     values: dict[str, Any] = {} if recipe is None else Recipe.load(recipe).model_dump(mode="json")

@@ -60,7 +60,8 @@ class _Side:
     clipped: float
 
 
-def _limit(statistics: Statistics, rule: Range) -> float:
+def activation_limit(statistics: Statistics, rule: Range) -> float:
+    """The end of a range: the `|x|` that the highest code falls on."""
     if rule.method == "mse":
         return statistics.least_squares()
     return statistics.amax() if rule.percentile is None else statistics.percentile(rule.percentile)
@@ -83,7 +84,7 @@ def _sides(plan: Plan, seen: Observations) -> tuple[dict[str, _Side], dict[str, 
     ):
         sides = {}
         for name, rule in rules_of.items():
-            limit = _limit(statistics_of[name], rule)
+            limit = activation_limit(statistics_of[name], rule)
             sides[name] = _Side(range_scale(limit, name, side), rule.label, statistics_of[name].clipped(limit))
         made.append(sides)
     return made[0], made[1]

@@ -19,9 +19,11 @@ from bytelane.cache import cache_keyword, install_kv_cache, make_cache
 from bytelane.checkpoint import KVScales
 from bytelane.errors import CheckpointError, UnsupportedFormatError
 from bytelane.layers import QuantEmbedding, QuantLinear
+from bytelane.quantize.fold import equalize, rotate
 from bytelane.quantize.observe import Observations, observe, range_scale
+from bytelane.quantize.pipeline import activation_limit
 from bytelane.quantize.plan import Plan, make_plan
-from bytelane.quantize.recipe import Range, Recipe
+from bytelane.quantize.recipe import Range, Recipe, RecipeError
 from bytelane.scheme import EmbeddingScheme, LinearScheme
 from bytelane.tune.fake import fake_quantize_int8
 from bytelane.tune.modules import TunedEmbedding, TunedLinear, log_scale
@@ -169,28 +171,37 @@ def prepare(
     """Put trainable layers into a float model, starting from observed ranges and least-squares weight scales.
 
     Args:
-        model: the float model, with float32 parameters. It is changed: what was its `nn.Linear` is a `TunedLinear`.
-        recipe: what to quantize, as for `bytelane quantize`.
+        model: the float model, with float32 parameters. It is changed: rotated and equalized where the recipe says
+            so, and what was its `nn.Linear` is a `TunedLinear`. A teacher is therefore a copy made before.
+        recipe: what to quantize, as for `bytelane quantize`; weights are rounded to nearest.
         windows: calibration windows, int64 `[length]` each.
         kv_cache: learn static int8 scales of keys and values too.
         progress: called while observing and preparing.
 
     Raises:
-        RecipeError: the recipe does not fit the model.
+        RecipeError: the recipe does not fit the model, or asks for another rounding or a search of ranges.
+        FoldError: the architecture cannot be rotated.
         CalibrationError: the text gives a layer no range.
         ValueError: the model is not float32.
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError("a model to tune needs float32 parameters; load it with dtype=torch.float32")
     plan = make_plan(model, recipe)
+    if recipe.rounding != "nearest" or recipe.search:
+        raise RecipeError("tuning rounds to nearest and learns its ranges; leave `rounding` and `search` out")
+    if recipe.rotate:
+        rotate(model)
+        plan = make_plan(model, recipe)  # a tied head is no longer
+    if recipe.equalize:
+        equalize(model, windows, progress=None if progress is None else lambda n: progress("equalize", n, len(windows)))
     seen = Observations({}, {}, (), 0)
     if plan.observed:
         seen = observe(
             model,
             windows,
             plan.observed,
-            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.percentile is not None],
-            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.percentile is not None],
+            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.needs_histogram],
+            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.needs_histogram],
             progress=None if progress is None else lambda done: progress("observe", done, len(windows)),
         )
     kv = observe_kv(model, windows) if kv_cache else {}
@@ -245,8 +256,7 @@ def _own(weight: nn.Parameter, apart: bool) -> nn.Parameter:
 
 
 def _start(statistics: Any, rule: Range, name: str, side: str, device: torch.device) -> nn.Parameter:
-    limit = statistics.amax() if rule.percentile is None else statistics.percentile(rule.percentile)
-    return log_scale(range_scale(limit, name, side).to(device))
+    return log_scale(range_scale(activation_limit(statistics, rule), name, side).to(device))
 
 
 def _embed_scale(original: nn.Module, name: str) -> float:
