@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import sys
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from bytelane.checkpoint import KVScales
 from bytelane.cli import main
+from bytelane.cli.output import write_bytes
 from bytelane.cli.run import _Interrupts
 from bytelane.generation import encode, generate, load_tokenizer
 from bytelane.models import load_model
@@ -226,6 +228,24 @@ def test_refusals_exit_2_and_say_what_and_where(capsys: pytest.CaptureFixture[st
     code, _, err = call(capsys, "run", tmp_path, "Hello", "--numerics", "exact")
     assert code == 2
     assert "integer or emulated" in err
+
+
+@pytest.mark.parametrize(
+    ("device", "rule"), [("gpu9", "torch knows no device called gpu9"), ("cuda:64", "sees [0-9]+ CUDA devices here")]
+)
+@pytest.mark.parametrize("command", ["run", "eval"])
+def test_devices_that_are_not_here_are_refused(
+    command: str, device: str, rule: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "words").write_text("some words")
+    code, _, err = call(capsys, command, tmp_path, tmp_path / "words", "--device", device)
+    assert code == 2
+    assert re.search(rule, " ".join(err.replace("\u2502", " ").split()))
+
+
+def test_files_are_written_whole_into_folders_that_are_made(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "new" / "deep" / "file", b"all")
+    assert [p.name for p in (tmp_path / "new" / "deep").iterdir()] == ["file"]
 
 
 def test_group_scales_cannot_become_gemma(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ def check_choice(option: str, name: str, choices: Sequence[str]) -> str:
     return name
 
 
+def check_device(name: str) -> str:
+    """A `--device`, refused if torch does not know it or has none here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"torch knows no device called {name}", param_hint="--device") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise typer.BadParameter(f"torch {torch.__version__} sees {count} CUDA devices here", param_hint="--device")
+    return name
+
+
 def check_split(name: str) -> Split:
     """A `--split`, refused if it is none of the three."""
     return cast(Split, check_choice("--split", name, get_args(Split)))
@@ -70,6 +82,7 @@ def load(model: str, options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTo
     kv_cache = cast(KVCacheChoice, check_choice("--kv-cache", options.kv_cache, get_args(KVCacheChoice)))
     float_ops = cast(FloatOps, check_choice("--float-ops", options.float_ops, get_args(FloatOps)))
     dtype = parse_dtype(options.dtype)
+    device = check_device(options.device)
     directory = resolve_checkpoint(model)
     load_config(directory, trust_remote_code=options.trust_remote_code)  # the tokenizer reads it too, and blames itself
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
@@ -77,7 +90,7 @@ def load(model: str, options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTo
         loaded = load_model(
             directory,
             text_only=True,
-            device=options.device,
+            device=device,
             dtype=dtype,
             numerics=numerics,
             kv_cache=kv_cache,

@@ -61,7 +61,7 @@ def compare(
 
     Example: `bytelane compare ./my-model ./my-model-w4a8o8 --text wiki.txt`
     """
-    from bytelane.cli.common import check_split, parse_dtype, quiet, set_threads
+    from bytelane.cli.common import check_device, check_split, parse_dtype, quiet, set_threads
     from bytelane.report.findings import comparison_json
     from bytelane.report.subject import Subject, compare_subjects
 
@@ -76,7 +76,7 @@ def compare(
             window=window,
             max_tokens=max_tokens,
             dtype=parse_dtype(dtype),
-            device=device,
+            device=check_device(device),
             with_sensitivity=sensitivity,
             progress=report,
         )

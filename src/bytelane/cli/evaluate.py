@@ -155,26 +155,24 @@ def _evaluate_tasks(
     """Tasks of lm-eval, one row for each figure, a column for each model."""
     if find_spec("lm_eval") is None:
         raise typer.BadParameter("needs the harness: pip install lm-eval", param_hint="--tasks")
-    from bytelane.cli.common import check_choice, parse_dtype, quiet, set_threads, source_folder
+    from bytelane.cli.common import check_choice, check_device, parse_dtype, quiet, set_threads, source_folder
     from bytelane.decoder import FloatOps
     from bytelane.integrations.lm_eval import NAME, evaluate_tasks, find_tasks
 
     quiet()
     set_threads(load.threads)
-    chosen = parse_dtype(load.dtype)
+    chosen, device = parse_dtype(load.dtype), check_device(load.device)
     float_ops = check_choice("--float-ops", load.float_ops, get_args(FloatOps))
     names = [name for entry in tasks for name in entry.split(",") if name]
     runs: list[tuple[str, str, str, dict[str, Any]]] = []
     for kind in numerics:
-        extra: dict[str, Any] = {"numerics": kind, "dtype": chosen, "device": load.device, "float_ops": float_ops}
+        extra: dict[str, Any] = {"numerics": kind, "dtype": chosen, "device": device, "float_ops": float_ops}
         extra["trust_remote_code"] = load.trust_remote_code
         runs.append(
             (NAME, model, kind, {**extra, "overrides": None if load.overrides is None else str(load.overrides)})
         )
     if reference is not None:
-        runs.append(
-            ("hf", str(source_folder(reference)), "float", {"dtype": load.dtype or "auto", "device": load.device})
-        )
+        runs.append(("hf", str(source_folder(reference)), "float", {"dtype": load.dtype or "auto", "device": device}))
     with remarks().status("looking the tasks up in lm-eval's index"):
         found = find_tasks(names, include=include)
     results: list[dict[str, Any]] = []

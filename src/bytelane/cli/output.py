@@ -86,7 +86,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Write a file: all of it, or it stays as it was."""
+    """Write a file: all of it, or it stays as it was. Its folder is made where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.write_bytes(data)
