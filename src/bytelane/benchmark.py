@@ -7,7 +7,9 @@ The limit of a layer is the slower of
     read    its packed bytes over the bandwidth of reading memory, measured in the same rounds
     dot     its multiply-adds over the rate of the widest tile on operands that stay in the first-level cache
 
-Peers that are installed run beside it (benchmark_peers.py). A layer has a budget of seconds; a contender that has spent
+Peers that are installed run beside it (benchmark_peers.py), each with a pool of threads of its own that goes on spinning
+for some milliseconds after a call. So a turn begins with a pause, in which the others' threads fall asleep, and with a
+call that is not timed, which wakes its own: the timed call finds what it finds in the middle of a model. A layer has a budget of seconds; a contender that has spent
 its share of it, and has run a few times, sits out the rounds that remain, so that a slow one cannot take them all.
 """
 
@@ -36,7 +38,10 @@ from bytelane.scheme import row_bytes
 READ_BYTES = 32 << 20
 
 FEWEST_ROUNDS = 3
-MOST_ROUNDS = 41
+MOST_ROUNDS = 21
+
+PAUSE = 0.012
+"""Seconds before a turn. OpenMP's threads were seen to spin for 7 ms in another's turn, which then took as long."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,17 @@ def call_overhead() -> float:
         return statistics.median(seconds(lambda: layer(x)) for _ in range(2000))
 
 
-def measure(calls: Mapping[str, Timed], budget: float, *, most: int = MOST_ROUNDS) -> dict[str, list[float | None]]:
+def measure(
+    calls: Mapping[str, Timed], budget: float, *, most: int = MOST_ROUNDS, pause: float = PAUSE
+) -> dict[str, list[float | None]]:
     """Let contenders take turns, each round beginning with another of them.
 
     Args:
-        calls: the contenders; each is called once before the clock counts.
+        calls: the contenders; a turn is a pause, a call that does not count, and one that does.
         budget: seconds for all of them together. A contender that has run `FEWEST_ROUNDS` times and spent its share
             sits out; when none is left, or after `most` rounds, the measurement ends.
         most: rounds at most.
+        pause: seconds.
 
     Returns:
         For each contender its seconds by round; None where it sat out.
@@ -136,16 +144,18 @@ def measure(calls: Mapping[str, Timed], budget: float, *, most: int = MOST_ROUND
     share = budget / len(calls)
     spent, times = dict.fromkeys(calls, 0.0), {name: list[float | None]() for name in calls}
     order = list(calls)
-    for call in calls.values():
-        call()
     for turn in range(most):
         running = {name for name in order if turn < min(FEWEST_ROUNDS, most) or spent[name] < share}
         if not running:
             break
         for name in order:
-            took = calls[name]() if name in running else None
+            if name not in running:
+                times[name].append(None)
+                continue
+            time.sleep(pause)
+            warm, took = calls[name](), calls[name]()
             times[name].append(took)
-            spent[name] += took or 0.0
+            spent[name] += pause + warm + took
         order.append(order.pop(0))
     return times
 
