@@ -7,10 +7,11 @@ The limit of a layer is the slower of
     read    its packed bytes over the bandwidth of reading memory, measured in the same rounds
     dot     its multiply-adds over the rate of the widest tile on operands that stay in the first-level cache
 
-Peers that are installed run beside it (benchmark_peers.py), each with a pool of threads of its own that goes on spinning
-for some milliseconds after a call. So a turn begins with a pause, in which the others' threads fall asleep, and with a
-call that is not timed, which wakes its own: the timed call finds what it finds in the middle of a model. A layer has a budget of seconds; a contender that has spent
-its share of it, and has run a few times, sits out the rounds that remain, so that a slow one cannot take them all.
+Peers that are installed run beside it (benchmark_peers.py), each with threads of its own that go on spinning for some
+milliseconds after a call. So a turn begins with a pause, in which the others' threads fall asleep, and with a call that
+is not timed, which wakes its own: the timed call finds what it finds in the middle of a model. A layer has a budget of
+seconds; a contender that has spent its share of it, and has run a few times, sits out the rounds that remain, so that a
+slow one cannot take them all.
 """
 
 from __future__ import annotations
