@@ -97,6 +97,17 @@ fuzz: $(READY) ## Break checkpoints for two minutes, guided by the code they rea
 bench: $(READY) ## Time the linear kernels against the machine's limits and torch.
 	$(BIN)/python benchmarks/linear.py
 
+WRAP ?=
+VLLM_PYTHON ?=
+LLAMA_PYTHON ?=
+MODEL ?=
+GGUF ?=
+.PHONY: bench-readme
+bench-readme: $(READY) ## Measure the README's CPU figures beside the peers and write them (five minutes; docs/benchmarks.md).
+	$(BIN)/python -m pip install --quiet --editable ".[dev,gguf,peers]"
+	$(BIN)/python benchmarks/readme.py --wrap "$(WRAP)" $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
+	  $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON) --model $(MODEL) --gguf $(GGUF))
+
 docs: $(READY) ## Build the documentation into site/, strictly.
 	$(BIN)/python -m pip install --quiet --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

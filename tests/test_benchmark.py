@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bytelane import benchmark
+from bytelane.benchmark_peers import Layer, Peers, copies
 from bytelane.cli import main
 from bytelane.kernels import cpu
 from bytelane.memory import HUGE_PAGE, streamed, streamed_cat, streamed_empty
@@ -39,7 +43,15 @@ def test_a_quick_run_reports_every_layer_and_its_limit(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--shapes", "12"), ("--rows", "0"), ("--bits", "9"), ("--peers", "abacus"), ("--group-size", "100")],
+    [
+        ("--shapes", "12"),
+        ("--rows", "0"),
+        ("--bits", "9"),
+        ("--peers", "abacus"),
+        ("--group-size", "100"),
+        ("--vllm-python", "no-such-python"),
+        ("--seconds", "0"),
+    ],
     ids=lambda w: w[0],
 )
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str], wrong: tuple[str, str]) -> None:
@@ -69,3 +81,91 @@ def test_streamed_memory_holds_the_same_values_and_begins_on_a_huge_page() -> No
     both = streamed_cat([large, large[:7]])
     assert torch.equal(both, torch.cat([large, large[:7]]))
     assert both.data_ptr() % HUGE_PAGE == 0
+
+
+def test_a_run_leaves_its_json_in_a_file_with_the_machine_and_nothing_private(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "found.json"
+    code, out = run(
+        capsys, "--quick", "--shapes", "256x64", "--rows", "1", "--peers", "none", "--output", str(file), "--json"
+    )
+    assert code == 0
+    found = json.loads(file.read_text())
+    assert found == json.loads(out)
+    assert found["machine"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+    assert [limits["threads"] for limits in found["limits_by_threads"]] == benchmark.thread_counts(found["threads"])
+    assert found["limits"] == found["limits_by_threads"][-1]
+    assert str(Path.home()) not in file.read_text()
+
+
+def test_a_peer_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--quick", "--shapes", "256x64", "--rows", "1", "--bits", "3,4", "--peers", "emulation,vllm", "--json")
+    code, out = run(capsys, *arguments)
+    assert code == 0
+    found = json.loads(out)
+    assert "--vllm-python" in found["skipped"]["vllm at 4 bits"]
+    assert found["skipped"]["emulation at 3 bits"] == "takes 2, 4 and 8 bits"
+    assert [set(r["ratios"]) for r in found["results"]] == [set(), {"emulation"}]
+
+
+def test_a_vllm_process_that_ends_is_an_error_and_not_a_result() -> None:
+    layer, pool = Layer(64, 32, 1, 4), torch.zeros(1 << 20, dtype=torch.uint8)
+    # this environment's Python has no vllm, or one whose operators load: then there is nothing to see here
+    with Peers(("vllm",), Path(sys.executable)) as peers:
+        try:
+            import vllm  # noqa: F401
+
+            pytest.skip("vllm is installed beside bytelane")
+        except ImportError:
+            pass
+        with pytest.raises(RuntimeError, match="vLLM's process ended"):
+            peers.make("vllm", layer, torch.zeros(1, 64, dtype=torch.bfloat16), pool)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "onednn", "xnnpack", "onnxruntime", "emulation"])
+def test_peers_that_are_installed_run_and_rotate(name: str) -> None:
+    layer, pool = Layer(256, 128, 2, 8), torch.zeros(1 << 20, dtype=torch.uint8)
+    with Peers((name,)) as peers, torch.inference_mode():
+        call = peers.make(name, layer, torch.randn(2, 256).to(torch.bfloat16), pool)
+        if call is None:
+            pytest.skip(peers.skipped.popitem()[1])
+        assert all(call() > 0 for _ in range(3))
+    assert peers.skipped == {}
+
+
+def test_contenders_take_turns_and_a_slow_one_sits_out() -> None:
+    seen: list[str] = []
+
+    def contender(name: str, took: float) -> benchmark.Timed:
+        def call() -> float:
+            seen.append(name)
+            return took
+
+        return call
+
+    calls = {"quick": contender("quick", 0.1), "slow": contender("slow", 2.0)}
+    times = benchmark.measure(calls, 6.0, most=10, pause=0.0)
+    assert seen[:8] == [*["quick"] * 2, *["slow"] * 4, *["quick"] * 2]  # each twice, and rounds that turn
+    assert times["slow"] == [2.0] * benchmark.FEWEST_ROUNDS + [None] * (10 - benchmark.FEWEST_ROUNDS)
+    assert times["quick"] == [0.1] * 10
+    assert benchmark.median(times["slow"]) == 2.0
+    assert benchmark.median_ratio(times["slow"], times["quick"]) == pytest.approx(20.0)
+    fewest = benchmark.measure({"slow": contender("slow", 2.0)}, 1.0, pause=0.0)
+    assert fewest == {"slow": [2.0] * benchmark.FEWEST_ROUNDS}
+
+
+def test_thread_counts_and_copies() -> None:
+    assert [benchmark.thread_counts(n) for n in (1, 2, 3, 6, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert copies(1 << 40, 1) == copies(4, 512) == 2
+    assert copies(16 << 20, 1) == 8
+    assert copies(4, 1) == 48
+
+
+def test_limits_leave_the_thread_count_as_it_was() -> None:
+    before = torch.get_num_threads()
+    found = benchmark.measure_scaling(cpu.supported_isas()[0], [8], quick=True)
+    assert [limits.threads for limits in found] == benchmark.thread_counts(before)
+    assert torch.get_num_threads() == before

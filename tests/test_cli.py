@@ -122,6 +122,26 @@ def test_explain_names_a_kernel_and_reasons(capsys: pytest.CaptureFixture[str], 
     for choice in cuda["choices"]:
         assert choice["kernel"] == "reference.linear"
         assert any("needs a cpu tensor" in r["reason"] for r in choice["refused"])
+    assert "decoder_layers" not in cuda
+    assert {r["blocking"] for r in cuda["layers"]} == {None}
+
+
+def test_explain_says_what_a_token_costs_and_which_decoder_layers_are_native(
+    capsys: pytest.CaptureFixture[str], quantized: Path
+) -> None:
+    found = call_json(capsys, "explain", quantized, "--rows", "1", "--threads", "2")
+    totals = found["totals"]
+    assert totals["bytes_per_token"] == totals["quantized_bytes_per_token"] + totals["float_bytes_per_token"]
+    assert sum(r["bytes_per_token"] for r in found["layers"]) == totals["quantized_bytes_per_token"]
+    for r in found["layers"]:
+        assert r["share"] == pytest.approx(r["bytes_per_token"] / totals["bytes_per_token"])
+        assert r["op"] != "linear" or (r["blocking"] and 1 <= r["threads"] <= 2)
+    assert found["decoder_layers"] >= 1
+    assert found["not_native"] == {}
+    code, out, _ = call(capsys, "explain", quantized, "--rows", "1", "--headers-only")
+    assert code == 0
+    assert "a token reads" in out
+    assert "native calls" not in out
 
 
 def test_run_answers(capsys: pytest.CaptureFixture[str], quantized: Path) -> None:

@@ -7,38 +7,42 @@ The limit of a layer is the slower of
     read    its packed bytes over the bandwidth of reading memory, measured in the same rounds
     dot     its multiply-adds over the rate of the widest tile on operands that stay in the first-level cache
 
-Peers that are installed run beside it: torch's bfloat16 `linear`; oneDNN's int8 linear through torch, which gives the
-same integers; XNNPACK through ai-edge-litert, the phone's runtime (2, 4 and 8 bits).
+Peers that are installed run beside it (benchmark_peers.py), each with threads of its own that go on spinning for some
+milliseconds after a call. So a turn begins with a pause, in which the others' threads fall asleep, and with a call that
+is not timed, which wakes its own: the timed call finds what it finds in the middle of a model. A layer has a budget of
+seconds; a contender that has spent its share of it, and has run a few times, sits out the rounds that remain, so that a
+slow one cannot take them all.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bytelane.benchmark_peers import ANY_WIDTH, COLD_BYTES, Layer, Peers, Timed, rotate, timed
 from bytelane.dispatch import machine, select
 from bytelane.kernels import cpu
 from bytelane.memory import streamed_empty
 from bytelane.scheme import row_bytes
 
-COLD_BYTES = 128 << 20
-"""All copies of a weight together: four times the last-level cache this was written on."""
-
 READ_BYTES = 32 << 20
 
-PEERS = ("bfloat16", "onednn", "xnnpack")
+FEWEST_ROUNDS = 3
+MOST_ROUNDS = 21
+
+PAUSE = 0.012
+"""Seconds before a turn. OpenMP's threads were seen to spin for 7 ms in another's turn, which then took as long."""
 
 
 @dataclass(frozen=True)
@@ -123,58 +127,48 @@ def call_overhead() -> float:
         return statistics.median(seconds(lambda: layer(x)) for _ in range(2000))
 
 
-def _copies(pool: Tensor, size: int) -> Iterator[Tensor]:
-    return cycle([pool[i * size : (i + 1) * size] for i in range(pool.numel() // size)])
+def measure(
+    calls: Mapping[str, Timed], budget: float, *, most: int = MOST_ROUNDS, pause: float = PAUSE
+) -> dict[str, list[float | None]]:
+    """Let contenders take turns, each round beginning with another of them.
+
+    Args:
+        calls: the contenders; a turn is a pause, a call that does not count, and one that does.
+        budget: seconds for all of them together. A contender that has run `FEWEST_ROUNDS` times and spent its share
+            sits out; when none is left, or after `most` rounds, the measurement ends.
+        most: rounds at most.
+        pause: seconds.
+
+    Returns:
+        For each contender its seconds by round; None where it sat out.
+    """
+    share = budget / len(calls)
+    spent, times = dict.fromkeys(calls, 0.0), {name: list[float | None]() for name in calls}
+    order = list(calls)
+    for turn in range(most):
+        running = {name for name in order if turn < min(FEWEST_ROUNDS, most) or spent[name] < share}
+        if not running:
+            break
+        for name in order:
+            if name not in running:
+                times[name].append(None)
+                continue
+            time.sleep(pause)
+            warm, took = calls[name](), calls[name]()
+            times[name].append(took)
+            spent[name] += pause + warm + took
+        order.append(order.pop(0))
+    return times
 
 
-def _bfloat16(k: int, n: int, x: Tensor, pool: Tensor) -> Callable[[], object]:
-    weights = _copies(pool, k * n * 2)
-    return lambda: torch.nn.functional.linear(x, next(weights).view(torch.bfloat16).view(n, k))
+def median(times: Sequence[float | None]) -> float:
+    """The median of the rounds that a contender ran."""
+    return statistics.median(t for t in times if t is not None)
 
 
-def _onednn(k: int, n: int, x: Tensor) -> Callable[[], object] | None:
-    """The layer in oneDNN: float in and out, quantize, dot, requantize and dequantize."""
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return None
-    count = max(1, min(64, -(-COLD_BYTES // (k * n))))
-    made = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-    packed = cycle([torch.ops.onednn.qlinear_prepack(made, list(x.shape)) for _ in range(count)])
-    scale, zero = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
-
-    def call() -> Tensor:
-        q = torch.quantize_per_tensor(x.float(), 0.02, 128, torch.quint8).int_repr()
-        o = torch.ops.onednn.qlinear_pointwise(
-            q, 0.02, 128, next(packed), scale, zero, None, 0.05, 0, torch.int8, "none", [], ""
-        )
-        y: Tensor = (o.to(torch.float32) * 0.05).to(torch.bfloat16)
-        return y
-
-    return call
-
-
-def _xnnpack(k: int, n: int, m: int, bits: int) -> Callable[[], object] | None:
-    """The phone's runtime on a graph of the same layer, float32 in and out."""
-    if importlib.util.find_spec("ai_edge_litert") is None or bits not in (2, 4, 8):
-        return None
-    from ai_edge_litert.interpreter import Interpreter
-
-    from bytelane.report import litert
-
-    rng = np.random.default_rng(0)
-    half = 1 << (bits - 1)
-    codes = rng.integers(-half, half, (n, k)).astype(np.int8)
-    model = litert.build(codes, bits, np.full(n, 0.01, np.float32), 0.02, 0.05, rows=m)
-    count = max(1, min(48, -(-COLD_BYTES // (n * row_bytes(k, bits)))))
-    x = rng.normal(0, 1, (m, k)).astype(np.float32)
-    interpreters = []
-    for _ in range(count):
-        interpreter = Interpreter(model_content=model, num_threads=torch.get_num_threads())
-        interpreter.allocate_tensors()
-        litert.check_delegated(interpreter)
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
-        interpreters.append(interpreter)
-    turn = cycle(interpreters)
-    return lambda: next(turn).invoke()
+def median_ratio(times: Sequence[float | None], base: Sequence[float | None]) -> float:
+    """The median of `times / base` over the rounds that both ran."""
+    return statistics.median(t / b for t, b in zip(times, base, strict=True) if t is not None and b is not None)
 
 
 def run_layer(
@@ -185,8 +179,9 @@ def run_layer(
     limits: Limits,
     *,
     group_size: int = 0,
-    rounds: int,
-    peers: Sequence[str],
+    seconds: float,
+    most: int = MOST_ROUNDS,
+    peers: Peers,
 ) -> list[Result]:
     """One shape at some widths, beside the peers.
 
@@ -197,50 +192,41 @@ def run_layer(
         bits: widths.
         limits: of this run; the bandwidth is measured again here.
         group_size: inputs in a group; 0 for one scale per channel.
-        rounds: times each contender runs; medians are kept.
-        peers: of `PEERS`, those wanted.
+        seconds: the budget of the rounds, see `measure`.
+        most: rounds at most.
+        peers: those wanted.
     """
     pool = streamed_empty((max(COLD_BYTES, 2 * k * n),), torch.uint8)
     pool.random_(0, 64)  # as bfloat16, small numbers and never a NaN
     x = torch.randn(m, k).to(torch.bfloat16)
     weight_scale = torch.full((n, k // group_size if group_size else 1), 0.01)
     s_in, s_out = torch.tensor(0.02), torch.tensor(0.05)
-    reads = _copies(pool, READ_BYTES)
-    calls: dict[str, Callable[[], object]] = {"read": lambda: cpu.read_all(next(reads), isa=limits.isa)}
+    reads = rotate(pool, READ_BYTES)
+    calls: dict[str, Timed] = {"read": timed(lambda: cpu.read_all(next(reads), isa=limits.isa))}
     kernels = {}
-    for b in bits:
-        kernel = select("linear", "cpu", x.dtype, b, group_size, m)
-        kernels[b] = kernel.name
-        weights = _copies(pool, n * row_bytes(k, b))
-
-        def run(b: int = b, kernel: Any = kernel, weights: Iterator[Tensor] = weights) -> object:
-            w = next(weights).view(n, row_bytes(k, b))
-            return kernel.run(x, w, weight_scale, s_in, s_out, None, b, group_size)
-
-        calls[f"w{b}"] = run
-        if "xnnpack" in peers and not group_size and (made := _xnnpack(k, n, m, b)) is not None:
-            calls[f"xnnpack{b}"] = made
-    if "bfloat16" in peers:
-        calls["bfloat16"] = _bfloat16(k, n, x, pool)
-    if "onednn" in peers and (made := _onednn(k, n, x)) is not None:
-        calls["onednn"] = made
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
     with torch.inference_mode():
-        for turn in range(rounds + 1):
-            for name in order:
-                spent = seconds(calls[name])
-                if turn:
-                    times[name].append(spent)
-            order.append(order.pop(0))
-    bandwidth = READ_BYTES / statistics.median(times["read"])
+        for b in bits:
+            layer = Layer(k, n, m, b, group_size)
+            kernel = select("linear", "cpu", x.dtype, b, group_size, m)
+            kernels[b] = kernel.name
+            weights = rotate(pool, layer.weight_bytes)
+
+            def run(b: int = b, kernel: Any = kernel, weights: Iterator[Tensor] = weights) -> object:
+                w = next(weights).view(n, row_bytes(k, b))
+                return kernel.run(x, w, weight_scale, s_in, s_out, None, b, group_size)
+
+            calls[f"w{b}"] = timed(run)
+            for name in peers.wanted:
+                key = _key(name, b)
+                if key not in calls and (made := peers.make(name, layer, x, pool)) is not None:
+                    calls[key] = made
+        times = measure(calls, seconds, most=most)
+    bandwidth = READ_BYTES / median(times["read"])
     results = []
     for b in bits:
         own = times[f"w{b}"]
         read, dot = n * row_bytes(k, b) / bandwidth, m * n * k / limits.dot_rate[b]
-        beside: dict[str, list[float]] = {p: times[p] for p in PEERS if p in times}
-        if f"xnnpack{b}" in times:
-            beside["xnnpack"] = times[f"xnnpack{b}"]
+        beside = {name: times[_key(name, b)] for name in peers.wanted if _key(name, b) in times}
         results.append(
             Result(
                 k,
@@ -249,34 +235,85 @@ def run_layer(
                 b,
                 group_size,
                 kernels[b],
-                statistics.median(own),
+                median(own),
                 bandwidth,
                 max(read, dot),
                 "read" if read > dot else "dot",
-                {name: statistics.median(t) for name, t in beside.items()},
-                {name: statistics.median(a / o for a, o in zip(t, own, strict=True)) for name, t in beside.items()},
+                {name: median(t) for name, t in beside.items()},
+                {name: median_ratio(t, own) for name, t in beside.items()},
             )
         )
     return results
 
 
-def rounds_of(k: int, n: int, m: int, *, quick: bool) -> int:
-    """Enough rounds for a median: fewer of the long ones."""
-    if quick:
-        return 2
-    return max(5, min(41, math.ceil(4e10 / (k * n * (m + 16)))))
+def _key(peer: str, bits: int) -> str:
+    return peer if peer in ANY_WIDTH else f"{peer}{bits}"
+
+
+def thread_counts(most: int) -> list[int]:
+    """1, 2, 4 and so on, and `most`."""
+    return sorted({1 << i for i in range(most.bit_length()) if 1 << i < most} | {most})
+
+
+def measure_scaling(isa: str, bits: Sequence[int], *, quick: bool = False) -> list[Limits]:
+    """The limits at 1, 2, 4 ... torch's thread count, which is left as it was."""
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in thread_counts(threads):
+            torch.set_num_threads(count)
+            found.append(measure_limits(isa, bits, quick=quick))
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def processor() -> str:
+    """The CPU's name, with family and model where Linux tells them: cloud machines hide the name."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
+    name = fields.get("model name", platform.machine())
+    if "cpu family" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+
+
+def versions() -> dict[str, str]:
+    """Releases of what took part, where installed."""
+    found = {}
+    for name in ("bytelane", "torch", "transformers", "ai-edge-litert", "onnxruntime"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def describe() -> dict[str, Any]:
-    """The machine and how busy it is."""
-    return {"machine": platform.processor() or platform.machine(), "load": os.getloadavg()[0], "isas": machine().isas}
+    """The machine and how busy it is; no name or place of it."""
+    return {
+        "machine": processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "isas": machine().isas,
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "load": os.getloadavg()[0],
+    }
 
 
-def summary(limits: Limits, overhead: float, results: Sequence[Result]) -> dict[str, Any]:
-    """Everything as JSON."""
+def summary(
+    scaling: Sequence[Limits], overhead: float, results: Sequence[Result], skipped: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything as JSON; `limits` are those of the run's thread count, the last of `scaling`."""
     return {
         **describe(),
-        "limits": asdict(limits),
+        "limits": asdict(scaling[-1]),
+        "limits_by_threads": [asdict(limits) for limits in scaling],
         "call_overhead_seconds": overhead,
+        "skipped": dict(skipped),
         "results": [{**asdict(r), "of_limit": r.of_limit} for r in results],
     }

