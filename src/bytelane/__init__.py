@@ -5,6 +5,7 @@ from bytelane.layers import QuantEmbedding, QuantLinear
 from bytelane.models import load_model
 from bytelane.packing import pack_int32, unpack_int32
 from bytelane.scheme import EmbeddingScheme, LinearScheme, Numerics, Storage, WeightScheme
+from bytelane.shipped import shipped_model
 
 __version__ = "0.1.0"
 
@@ -20,5 +21,6 @@ __all__ = [
     "__version__",
     "load_model",
     "pack_int32",
+    "shipped_model",
     "unpack_int32",
 ]

@@ -40,6 +40,7 @@ from bytelane.layers import QuantEmbedding, QuantLinear
 from bytelane.memory import streamed
 from bytelane.overrides import Overrides, OverridesSource, ScaleOverride, round_layer
 from bytelane.scheme import Kind, Numerics
+from bytelane.shipped import SHIPPED_NAME, shipped_model
 
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
 """What is fetched of a hub repository: weights, configuration, tokenizer. Never code, never pickles."""
@@ -52,11 +53,13 @@ Progress = Callable[[int, int], None]
 
 
 def resolve_checkpoint(path: str | Path, *, revision: str | None = None) -> Path:
-    """A local folder as it is, or a hub id fetched into the hub cache.
+    """A local folder as it is, `bytelane:small` for the model that comes with bytelane, or a hub id fetched.
 
     Raises:
         FileFormatError: neither a folder nor a repository that can be fetched.
     """
+    if str(path) == SHIPPED_NAME:
+        return shipped_model()
     local = Path(path).expanduser()
     if local.is_dir():
         return local

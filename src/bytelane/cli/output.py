@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a hub id.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a hub id, or bytelane:small.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 NumericsOption = Annotated[
     str,
