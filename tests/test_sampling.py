@@ -98,6 +98,8 @@ def test_requests_go_before_the_configuration() -> None:
     [
         ({}, []),
         ({"temperature": 0.5, "top_k": 3, "do_sample": True, "cache_implementation": "hybrid"}, []),
+        ({"output_attentions": False, "output_hidden_states": False}, []),
+        ({"output_hidden_states": True}, ["output_hidden_states"]),
         ({"num_beams": 4}, ["num_beams"]),
         ({"no_repeat_ngram_size": 2, "do_sample": True}, ["no_repeat_ngram_size"]),
         ({"suppress_tokens": [5]}, ["suppress_tokens"]),

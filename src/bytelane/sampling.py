@@ -44,7 +44,15 @@ _HANDLED = frozenset(
         "_from_model_config",
     ]
 )
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": "hybrid", "disable_compile": True}
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "cache_implementation": "hybrid",
+    "disable_compile": True,
+    # transformers writes these into configurations it derives from a model's
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 
 
 @dataclass(frozen=True)
