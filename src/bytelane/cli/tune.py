@@ -84,6 +84,8 @@ def tune(
 
     Example: `bytelane tune ./my-model ./out --text wiki.txt --default-bits 4 --minutes 20 --mixed-precision bf16`
     """
+    from accelerate import PartialState
+
     from bytelane.cli.common import check_choice, check_split, parse_dtype, quiet, set_threads, source_folder
     from bytelane.quantize import Recipe
     from bytelane.tune import TuneSettings
@@ -144,6 +146,8 @@ def tune(
             overwrite=overwrite,
             progress=report_step,
         )
+    if not PartialState().is_main_process:
+        return
     if json_output:
         emit({"recipe": made.model_dump(mode="json"), **done.to_dict()})
         return
