@@ -80,7 +80,7 @@ def tune(
     r"""Train a float model to live with integer weights and static int8 activations, and write what it became.
 
     The float model is the teacher: its predictions are what the quantized one learns, and with it where every clamp
-    should be. Scores are those of the integer layers. Under `accelerate launch` several GPUs share a batch.
+    should be. Scores are those of the integer layers. Under `torchrun` several processes share a batch.
 
     Example: `bytelane tune ./my-model ./out --text wiki.txt --default-bits 4 --minutes 20 --mixed-precision bf16`
     """
