@@ -80,10 +80,12 @@ def tune(
     r"""Train a float model to live with integer weights and static int8 activations, and write what it became.
 
     The float model is the teacher: its predictions are what the quantized one learns, and with it where every clamp
-    should be. Scores are those of the integer layers. Under `accelerate launch` several GPUs share a batch.
+    should be. Scores are those of the integer layers. Under `torchrun` several processes share a batch.
 
     Example: `bytelane tune ./my-model ./out --text wiki.txt --default-bits 4 --minutes 20 --mixed-precision bf16`
     """
+    from accelerate import PartialState
+
     from bytelane.cli.common import check_choice, check_split, parse_dtype, quiet, set_threads, source_folder
     from bytelane.quantize import Recipe
     from bytelane.tune import TuneSettings
@@ -144,6 +146,8 @@ def tune(
             overwrite=overwrite,
             progress=report_step,
         )
+    if not PartialState().is_main_process:
+        return
     if json_output:
         emit({"recipe": made.model_dump(mode="json"), **done.to_dict()})
         return

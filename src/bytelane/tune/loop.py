@@ -1,6 +1,6 @@
 """The training loop: windows of text through teacher and student, AdamW, evaluation with the integer layers.
 
-Runs under Hugging Face Accelerate: one CPU, one GPU, or several processes of `accelerate launch`, which share a batch.
+Runs under Hugging Face Accelerate: one CPU, one GPU, or several processes of `torchrun`, which share a batch.
 Windows come in an order drawn from the seed, every one once an epoch, so a step's windows follow from its number alone
 and a resumed run sees what the uninterrupted one would have seen.
 
