@@ -61,8 +61,7 @@ def candidates(bits: int, rows: int, out_features: int, in_features: int) -> lis
 
 
 def call(tile: Tile, x: torch.Tensor, weight: torch.Tensor, scales: tuple[Any, ...], bits: int) -> torch.Tensor:
-    function: Any = cuda.linear_fused if isinstance(tile, FusedTile) else cuda.linear_codes
-    return function(x, weight, *scales, None, bits, tile=tile)
+    return cuda.linear(x, weight, *scales, None, bits, tile=tile)
 
 
 def sides(out_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -89,3 +89,18 @@ def test_the_readme_says_what_the_results_say(script: Any) -> None:
     found = json.loads(script.RESULTS.read_text())
     text = script.README.read_text()
     assert script.replace(text, "figures of the CPU", script.figures(found)) == text
+
+
+def test_the_gpu_tables_are_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.delitem(sys.modules, "gpu_table", raising=False)
+    import gpu_table
+
+    text = (SCRIPTS.parent / "README.md").read_text()
+    for name, table in (("linear", gpu_table.alone), ("peers", gpu_table.beside_peers)):
+        measured = json.loads((SCRIPTS / "results" / f"gpu_{name}_h100.json").read_text())
+        assert table(measured, {1, 16, 256, 4096}) in text
+        assert "4096 x 14336" in table(measured, {1})
+        assert "| 16 |" not in table(measured, {1})

@@ -4,6 +4,7 @@ They run on a GPU where there is one. Elsewhere `test_in_the_interpreter` runs t
 own, in Triton's interpreter (the variable is read when Triton is imported), on small shapes.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 ALL_BITS = tuple(range(2, 9))
+PATHS = {"fused": functools.partial(cuda.linear, launches=1), "codes": functools.partial(cuda.linear, launches=2)}
 kernels = pytest.mark.skipif(
     not (GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter, in which test_in_the_interpreter runs it"
 )
@@ -85,7 +87,7 @@ def check_linear(function, bits, x, codes, weight_scale, s_in, s_out, bias, grou
 @pytest.mark.parametrize("path", ["fused", "codes"])
 def test_linear_of_ragged_shapes(bits, path):
     rng = generator(bits, path)
-    function = cuda.linear_fused if path == "fused" else cuda.linear_codes
+    function = PATHS[path]
     shapes = [(1, 17, 33), (3, 64, 256), (2, 5, 1), (9, 70, 130)]
     if path == "codes":
         shapes += [(17, 129, 96)]
@@ -103,7 +105,7 @@ def test_linear_of_ragged_shapes(bits, path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_with_sides_absent(bits, path, dtype):
     rng = generator(bits, path, str(dtype))
-    function = cuda.linear_fused if path == "fused" else cuda.linear_codes
+    function = PATHS[path]
     shapes = [(3, 37, 64, 0), (1, 5, 40, 8)] + ([(2, 37, 128, 32)] if GPU else [])
     for m, n, k, group_size in shapes:
         codes, weight_scale, s_in, s_out, bias = random_layer(rng, n, k, bits, group_size)
@@ -118,7 +120,7 @@ def test_linear_with_sides_absent(bits, path, dtype):
 @pytest.mark.parametrize("path", ["fused", "codes"])
 def test_linear_of_groups(bits, path):
     rng = generator(bits, path)
-    function = cuda.linear_fused if path == "fused" else cuda.linear_codes
+    function = PATHS[path]
     for m, n, k, group_size in ((2, 33, 96, 32), (3, 64, 256, 128), (1, 20, 72, 24), (16, 7, 16, 8), (2, 9, 300, 300)):
         layer = random_layer(rng, n, k, bits, group_size)
         check_linear(function, bits, activations(rng, m, k), *layer, group_size)
@@ -128,7 +130,7 @@ def test_linear_of_groups(bits, path):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_output_scale_for_each_channel(bits):
     rng = generator(bits)
-    for function in (cuda.linear_fused, cuda.linear_codes):
+    for function in PATHS.values():
         for group_size in (0, 32):
             codes, weight_scale, s_in, _, bias = random_layer(rng, 37, 64, bits, group_size)
             each = rng.uniform(0.01, 0.1, 37).astype(np.float32)
@@ -155,9 +157,8 @@ def test_one_output_scale_for_each_channel(bits):
 def test_tiles_change_nothing(bits, tile):
     """Sharing K among programs, too: whichever comes last adds the same integers."""
     rng = generator(bits)
-    function = cuda.linear_fused if isinstance(tile, FusedTile) else cuda.linear_codes
     for n, k in ((128, 512), (70, 300)):
-        check_linear(function, bits, activations(rng, 11, k), *random_layer(rng, n, k, bits), tile=tile)
+        check_linear(cuda.linear, bits, activations(rng, 11, k), *random_layer(rng, n, k, bits), tile=tile)
 
 
 @kernels
@@ -227,7 +228,7 @@ def test_halves_round_to_even(dtype):
     x = ((torch.arange(-300, 212, dtype=torch.float32) / 2).reshape(8, k)).to(dtype)
     codes = np.eye(16, k, dtype=np.int8)
     ones = np.ones((16, 1), np.float32)
-    for function in (cuda.linear_fused, cuda.linear_codes):
+    for function in PATHS.values():
         check_linear(function, 4, x, codes, ones, np.float32(1), np.float32(2), np.full(16, 0.5, np.float32))
 
 
@@ -289,11 +290,11 @@ def test_what_does_not_fit_is_refused():
     args = (tensor(weight_scale), tensor(s_in), tensor(s_out), None, 4)
     x = torch.zeros(1, 64, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match="whole number of bytes"):
-        cuda.linear_codes(x, rows_of(codes, 4), *args, 1)
+        cuda.linear(x, rows_of(codes, 4), *args, 1)
     with pytest.raises(ValueError, match="weight rows"):
-        cuda.linear_codes(x, rows_of(codes, 4)[:, :-1], *args, 16)
+        cuda.linear(x, rows_of(codes, 4)[:, :-1], *args, 16)
     with pytest.raises(ValueError, match="up to 16 rows"):
-        cuda.linear_fused(x.expand(17, 64), rows_of(codes, 4), *args, 16)
+        cuda.linear(x.expand(17, 64), rows_of(codes, 4), *args, 16, launches=1)
 
 
 @kernels

@@ -1,33 +1,49 @@
 """The Triton kernels on torch tensors: checks, the output tensor, the launch.
 
-Everything here is the bits of `bytelane.numerics` whatever tile is chosen; `linear_weight_only` alone may differ from
-it in the last place. The argument order is that of `torch.ops.bytelane`. Scales and biases are float32; activations are
-made contiguous where they are not; weights must be. Group sizes must be whole blocks (`GROUP_BITS`).
+Everything here is the bits of `bytelane.numerics` whatever tile is chosen. The argument order is that of
+`torch.ops.bytelane`. Scales and biases are float32; activations are made contiguous where they are not; weights must
+be. Group sizes must be whole blocks (`GROUP_BITS`). The layer without an input scale is in cuda_weight_only.py.
 
 Tensors lie on one CUDA device, or, in Triton's interpreter (`TRITON_INTERPRET=1`), on the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any, cast
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from bytelane.kernels import triton_configs as configs
+from bytelane.kernels.cuda_weight_only import linear_weight_only
 from bytelane.kernels.triton_codes import code_shift, planes
 from bytelane.kernels.triton_configs import CodesTile, FusedTile, power_of_two
-from bytelane.kernels.triton_digits import digits_linear
+from bytelane.kernels.triton_launch import (
+    ALIGNED,
+    GROUP_BITS,
+    Launch,
+    Layout,
+    device_class,
+    layout,
+    overlaps,
+    require,
+)
 from bytelane.kernels.triton_linear import codes_linear, fused_linear, quantize_planes
 from bytelane.kernels.triton_pointwise import gather_rows, requantize_rows
-from bytelane.kernels.triton_weight_only import weight_only_linear
 
-GROUP_BITS = 8
-"""A group is a whole multiple of this many bits, so that it is whole blocks (triton_codes.py) at every width."""
+__all__ = [
+    "FUSED_ROWS",
+    "GROUP_BITS",
+    "accumulate",
+    "embedding",
+    "linear",
+    "linear_weight_only",
+    "quantize",
+    "requantize",
+]
 
 FUSED_ROWS = 16
 """The most rows of the kernel that does everything in one launch."""
@@ -36,273 +52,131 @@ PREFETCH_BYTES = 12 << 20
 """The most bytes of a weight to ask for before the kernel before is done: what the memory moves meanwhile."""
 
 
-@functools.lru_cache(maxsize=64)
-def _device(device: torch.device) -> tuple[str, bool]:
-    """A device's class, and whether its launches may overlap the one before (programmatic dependent launch)."""
-    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return configs.device_class(device), overlaps
+class _Layer(NamedTuple):
+    """The checked tensors of a layer; `input_scale` None where accumulators are wanted."""
 
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    output_scale: Tensor | None
+    bias: Tensor | None
 
-def _class(x: Tensor) -> str:
-    return _device(x.device)[0]
+    @property
+    def outputs(self) -> int:
+        """How the kernels call the output scales: 0 none, 1 one, 2 one for each channel."""
+        return 0 if self.output_scale is None else 2 if self.output_scale.numel() > 1 else 1
 
-
-def _overlaps(x: Tensor) -> bool:
-    return _device(x.device)[1]
-
-
-def _launch(overlapping: bool) -> dict[str, bool]:
-    """Options of every launch: a product and a sum are two roundings; whether it overlaps the launch before."""
-    return {"enable_fp_fusion": False, "launch_pdl": True} if overlapping else {"enable_fp_fusion": False}
-
-
-def _guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensor's."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-def _require(tensor: Tensor, dtype: torch.dtype, count: int, what: str) -> Tensor:
-    """A tensor that has exactly the form a kernel reads."""
-    if tensor.dtype is not dtype or tensor.numel() != count or not tensor.is_contiguous():
-        raise ValueError(
-            f"{what} must be {count} contiguous {dtype}, found {tuple(tensor.shape)} of {tensor.dtype}"
-            f"{'' if tensor.is_contiguous() else ', not contiguous'}"
-        )
-    return tensor
-
-
-def _output_scales(scale: Tensor | None, n: int) -> int:
-    """How the kernels call the output scales: 0 none, 1 one, 2 one for each of `n` channels."""
-    if scale is None:
-        return 0
-    several = scale.dim() == 1 and scale.numel() == n and n != 1
-    _require(scale, torch.float32, n if several else 1, "output_scale")
-    return 2 if several else 1
-
-
-def _rows(weight: Tensor, k: int, num_bits: int, group_size: int) -> tuple[int, int, int, int]:
-    """`(N, bytes in a row, groups, blocks in a group)` of checked canonical rows."""
-    n, row_bytes = weight.shape[0], (k * num_bits + 7) // 8
-    _require(weight, torch.uint8, n * row_bytes, "weight rows")
-    group_size = 0 if group_size == k else group_size  # a group as long as the row is a channel
-    if group_size * num_bits % GROUP_BITS:
-        raise ValueError(f"groups of {group_size} codes of {num_bits} bits are no whole number of bytes")
-    groups = k // group_size if group_size else 1
-    return n, row_bytes, groups, -(-(group_size or k) // planes(num_bits))
-
-
-def _layer(
-    weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, num_bits: int, group_size: int
-) -> tuple[int, int, int, int]:
-    """As `_rows`, of a layer whose scales and bias are checked too."""
-    n, row_bytes, groups, group_blocks = _rows(weight, k, num_bits, group_size)
-    _require(weight_scale, torch.float32, n * groups, "weight_scale")
-    if bias is not None:
-        _require(bias, torch.float32, n, "bias")
-    return n, row_bytes, groups, group_blocks
-
-
-def _even(row_bytes: int, group_blocks: int, num_bits: int, n: int, bn: int, bb: int) -> bool:
-    """Whether every tile lies inside the rows."""
-    return 8 % num_bits == 0 and group_blocks % bb == 0 and n % bn == 0
-
-
-def linear_fused(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    num_bits: int,
-    group_size: int = 0,
-    *,
-    tile: FusedTile | None = None,
-) -> Tensor:
-    """See `numerics.linear_integer`; one launch, at most `FUSED_ROWS` rows; `weight` are canonical rows."""
-    *batch, k = x.shape
-    m = math.prod(batch)
-    n, row_bytes, groups, group_blocks = _layer(weight, weight_scale, bias, k, num_bits, group_size)
-    y = torch.empty((*batch, n), dtype=x.dtype, device=x.device)
-    if m > FUSED_ROWS:
-        raise ValueError(f"takes up to {FUSED_ROWS} rows, found {m}")
-    if y.numel() == 0:
-        return y
-    t = cast(FusedTile, tile or configs.linear_tile(_class(x), m, n, k, num_bits, group_size, 1, x.itemsize))
-    pdl = t.pdl and _overlaps(x)
-    rows_ready = row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
-    with _guard(x):
-        fused_linear[(triton.cdiv(n, t.bn),)](
-            x.contiguous(),
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As the kernels take them: another float32 tensor, which is not read, for each that is absent."""
+        weight, weight_scale, input_scale, output_scale, bias = self
+        any_scale = weight_scale if input_scale is None else input_scale
+        return (
             weight,
             weight_scale,
-            _require(input_scale, torch.float32, 1, "input_scale"),
-            input_scale if output_scale is None else output_scale,
-            input_scale if bias is None else bias,
-            y,
-            m,
-            n,
-            k,
-            row_bytes,
-            groups,
-            group_blocks,
-            BITS=num_bits,
-            PLANES=planes(num_bits),
-            SHIFT=code_shift(num_bits, k),
-            OUTPUTS=_output_scales(output_scale, n),
-            BIAS=bias is not None,
-            GROUPED=groups > 1,
-            EVEN=_even(row_bytes, group_blocks, num_bits, n, t.bn, t.bb),
-            BN=t.bn,
-            BM=power_of_two(m),
-            BB=t.bb,
-            SPLIT=t.split,
-            PDL=pdl,
-            PREFETCH=min(row_bytes, PREFETCH_BYTES // n) // 16 * 16 if pdl and rows_ready else 0,
-            num_warps=t.warps,
-            num_stages=t.stages,
-            **_launch(pdl),
+            any_scale,
+            any_scale if output_scale is None else output_scale,
+            any_scale if bias is None else bias,
         )
-    return y
 
 
-def _planes_of(x: Tensor, scale: Tensor | None, num_bits: int, stride: int, arrived: Tensor) -> Tensor:
-    """Activations `[M, K]`, floats or codes (no scale), as codes `[M, PLANES, stride]`; sets `arrived` to zero."""
-    m, k = x.shape
-    per = planes(num_bits)
-    q = torch.empty((m, per, stride), dtype=torch.int8, device=x.device)
+def _check_output_scale(scale: Tensor | None, n: int) -> None:
+    if scale is not None:
+        require(scale, torch.float32, n if scale.dim() == 1 and scale.numel() == n else 1, "output_scale")
+
+
+@functools.lru_cache(maxsize=4096)
+def _fused_launch(
+    form: Layout, m: int, tile: FusedTile, outputs: int, has_bias: bool, overlapping: bool, aligned: bool
+) -> Launch:
+    n, k, bits, row_bytes, groups, group_blocks = form
+    prefetch = min(row_bytes, PREFETCH_BYTES // n) // ALIGNED * ALIGNED
+    constants = {
+        "BITS": bits,
+        "PLANES": planes(bits),
+        "SHIFT": code_shift(bits, k),
+        "OUTPUTS": outputs,
+        "BIAS": has_bias,
+        "GROUPED": groups > 1,
+        "EVEN": form.even(tile.bn, tile.bb),
+        "BN": tile.bn,
+        "BM": power_of_two(m),
+        "BB": tile.bb,
+        "SPLIT": tile.split,
+        "PDL": overlapping,
+        "PREFETCH": prefetch if overlapping and aligned and row_bytes % ALIGNED == 0 else 0,
+    }
+    numbers = (m, n, k, row_bytes, groups, group_blocks)
+    return Launch(fused_linear, (triton.cdiv(n, tile.bn), 1), numbers, constants, tile.warps, tile.stages, overlapping)
+
+
+@functools.lru_cache(maxsize=4096)
+def _planes_launch(m: int, k: int, per: int, stride: int, tiles: int, are_codes: bool, overlapping: bool) -> Launch:
     blocks = min(power_of_two(stride), 1024 // per)
-    overlaps = _overlaps(x)
-    quantize_planes[(m, triton.cdiv(stride, blocks))](
-        x,
-        x if scale is None else _require(scale, torch.float32, 1, "input_scale"),
-        q,
-        arrived,
-        arrived.numel(),
-        k,
-        stride,
-        PLANES=per,
-        BLOCKS=blocks,
-        CODES=scale is None,
-        PDL=overlaps,
-        num_warps=4,
-        **_launch(overlaps),
+    constants = {"PLANES": per, "BLOCKS": blocks, "CODES": are_codes, "PDL": overlapping}
+    return Launch(
+        quantize_planes, (m, triton.cdiv(stride, blocks)), (tiles, k, stride), constants, overlaps=overlapping
     )
-    return q
 
 
-def _codes(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor | None,
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    shape: tuple[int, int, int, int],
-    num_bits: int,
-    tile: CodesTile,
-) -> None:
-    """Both launches: activations to planes of codes, then `codes_linear`; without an input scale to accumulators."""
-    (m, k), (n, row_bytes, groups, group_blocks) = x.shape, shape
-    stride = _plane_stride(groups, group_blocks, tile.bb)
+class _CodesPlan(NamedTuple):
+    """Both launches of a layer with many rows, and the scratch between them, in elements."""
+
+    quantize: Launch
+    multiply: Launch
+    plane_stride: int
+    tiles: int
+    parts: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _codes_plan(
+    form: Layout, m: int, tile: CodesTile, outputs: int, has_bias: bool, accumulators: bool, overlapping: bool
+) -> _CodesPlan:
+    n, k, bits, row_bytes, groups, group_blocks = form
+    blocks = groups * group_blocks
+    # codes from one plane to the next: a whole number of tiles, and of 16 bytes
+    stride = -(-blocks // 16) * 16 if groups > 1 else -(-blocks // tile.bb) * tile.bb
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     chunk = -(-triton.cdiv(group_blocks, tile.splits) // tile.bb) * tile.bb
     splits = 1 if groups > 1 else max(triton.cdiv(group_blocks, max(chunk, 1)), 1)
-    scratch = splits if splits > 1 else 0
-    arrived = torch.empty(tiles if scratch else 0, dtype=torch.int32, device=x.device)
-    parts = torch.empty(scratch * n * m, dtype=torch.int32, device=x.device)
-    q = _planes_of(x, input_scale, num_bits, stride, arrived)
-    scale = weight_scale if input_scale is None else input_scale  # accumulators have none: any float32 will do
-    overlaps = _overlaps(x)
-    codes_linear[(tiles, splits)](
-        q,
-        weight,
-        weight_scale,
-        scale,
-        scale if output_scale is None else output_scale,
-        scale if bias is None else bias,
-        y,
-        parts,
-        arrived,
-        m,
-        n,
-        row_bytes,
+    shared = splits > 1
+    constants = {
+        "BITS": bits,
+        "PLANES": planes(bits),
+        "SHIFT": code_shift(bits, k),
+        "OUTPUTS": outputs,
+        "BIAS": has_bias,
+        "GROUPED": groups > 1,
+        "EVEN": form.even(tile.bn, tile.bb),
+        "ACCUMULATE": accumulators,
+        "BN": tile.bn,
+        "BM": tile.bm,
+        "BB": tile.bb,
+        "BAND": tile.band,
+        "SPLITS": splits,
+        "PDL": overlapping,
+    }
+    numbers = (m, n, row_bytes, stride, chunk, groups, group_blocks)
+    return _CodesPlan(
+        _planes_launch(m, k, planes(bits), stride, tiles if shared else 0, accumulators, overlapping),
+        Launch(codes_linear, (tiles, splits), numbers, constants, tile.warps, tile.stages, overlapping),
         stride,
-        chunk,
-        groups,
-        group_blocks,
-        BITS=num_bits,
-        PLANES=planes(num_bits),
-        SHIFT=code_shift(num_bits, k),
-        OUTPUTS=_output_scales(output_scale, n),
-        BIAS=bias is not None,
-        GROUPED=groups > 1,
-        EVEN=_even(row_bytes, group_blocks, num_bits, n, tile.bn, tile.bb),
-        ACCUMULATE=input_scale is None,
-        BN=tile.bn,
-        BM=tile.bm,
-        BB=tile.bb,
-        BAND=tile.band,
-        SPLITS=splits,
-        PDL=overlaps,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_launch(overlaps),
+        tiles if shared else 0,
+        splits * n * m if shared else 0,
     )
 
 
-def _plane_stride(groups: int, group_blocks: int, bb: int) -> int:
-    """Codes from one plane to the next: a whole number of tiles, and of 16 bytes."""
-    blocks = groups * group_blocks
-    return -(-blocks // 16) * 16 if groups > 1 else -(-blocks // bb) * bb
-
-
-def linear_codes(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    num_bits: int,
-    group_size: int = 0,
-    *,
-    tile: CodesTile | None = None,
-) -> Tensor:
-    """See `numerics.linear_integer`; two launches, any number of rows; `weight` are canonical rows."""
-    *batch, k = x.shape
-    m = math.prod(batch)
-    n, row_bytes, groups, group_blocks = _layer(weight, weight_scale, bias, k, num_bits, group_size)
-    y = torch.empty((*batch, n), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    t = cast(CodesTile, tile or configs.linear_tile(_class(x), m, n, k, num_bits, group_size, 2))
-    flat, shape = x.contiguous().view(m, k), (n, row_bytes, groups, group_blocks)
-    with _guard(x):
-        _codes(flat, weight, weight_scale, input_scale, output_scale, bias, y, shape, num_bits, t)
-    return y
-
-
-def accumulate(
-    q: Tensor, weight: Tensor, num_bits: int, group_size: int = 0, *, tile: CodesTile | None = None
-) -> Tensor:
-    """See `numerics.accumulate`; `weight` are canonical rows."""
-    if q.dtype != torch.int8 or q.dim() != 2:
-        raise ValueError(f"q must be int8 [M, in], found {tuple(q.shape)} of {q.dtype}")
-    m, k = q.shape
-    n, row_bytes, groups, group_blocks = _rows(weight, k, num_bits, group_size)
-    acc = torch.empty((m, n, groups), dtype=torch.int32, device=q.device)
-    if acc.numel() == 0:
-        return acc
-    t = cast(CodesTile, tile or configs.linear_tile(_class(q), m, n, k, num_bits, group_size, 2))
-    shape = (n, row_bytes, groups, group_blocks)
-    ones = torch.ones(n * groups, dtype=torch.float32, device=q.device)  # scales, which accumulators do not have
-    with _guard(q):
-        _codes(q.contiguous(), weight, ones, None, None, None, acc, shape, num_bits, t)
-    return acc
+def _codes(x: Tensor, layer: _Layer, y: Tensor, m: int, form: Layout, tile: CodesTile) -> None:
+    """Activations to planes of codes, then `codes_linear`; without an input scale `x` is codes, to accumulators."""
+    accumulators = layer.input_scale is None
+    plan = _codes_plan(form, m, tile, layer.outputs, layer.bias is not None, accumulators, overlaps(x.device))
+    arrived = torch.empty(plan.tiles, dtype=torch.int32, device=x.device)
+    parts = torch.empty(plan.parts, dtype=torch.int32, device=x.device)
+    q = torch.empty(m * planes(form.num_bits) * plan.plane_stride, dtype=torch.int8, device=x.device)
+    tensors = layer.tensors
+    plan.quantize(x, tensors[2], q, arrived)
+    plan.multiply(q, *tensors, y, parts, arrived)
 
 
 def linear(
@@ -314,39 +188,87 @@ def linear(
     bias: Tensor | None,
     num_bits: int,
     group_size: int = 0,
+    *,
+    launches: int = 0,
+    tile: FusedTile | CodesTile | None = None,
 ) -> Tensor:
-    """See `numerics.linear_integer`: in one launch or two, as the table of tiles says for the shape."""
-    k = x.shape[-1]
+    """See `numerics.linear_integer`; `weight` are canonical rows.
+
+    Args:
+        x: `[..., K]`.
+        weight: uint8 `[N, row bytes]`.
+        weight_scale: `[N, groups]`.
+        input_scale: one.
+        output_scale: one, `[N]`, or None.
+        bias: `[N]` or None.
+        num_bits: the width.
+        group_size: inputs in a group, 0 for one scale per channel.
+        launches: 1 for everything in one (at most `FUSED_ROWS` rows), 2 for any number of rows, 0 for what the table
+            of tiles says.
+        tile: instead of the table's; it decides the launches too.
+    """
+    k, n = x.shape[-1], weight.shape[0]
+    form = layout(n, k, num_bits, group_size)
+    require(weight, torch.uint8, n * form.row_bytes, "weight rows")
+    require(weight_scale, torch.float32, n * form.groups, "weight_scale")
+    require(input_scale, torch.float32, 1, "input_scale")
+    _check_output_scale(output_scale, n)
+    if bias is not None:
+        require(bias, torch.float32, n, "bias")
     m = x.numel() // k if k else math.prod(x.shape[:-1])
-    tile = configs.linear_tile(_class(x), m, weight.shape[0], k, num_bits, group_size, itemsize=x.itemsize)
-    args = (x, weight, weight_scale, input_scale, output_scale, bias, num_bits, group_size)
-    return linear_fused(*args, tile=tile) if isinstance(tile, FusedTile) else linear_codes(*args, tile=tile)
+    if m > FUSED_ROWS and (launches == 1 or isinstance(tile, FusedTile)):
+        raise ValueError(f"one launch takes up to {FUSED_ROWS} rows, found {m}")
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    if m == 0 or n == 0:
+        return y
+    layer = _Layer(weight, weight_scale, input_scale, output_scale, bias)
+    if tile is None:
+        tile = configs.linear_tile(device_class(x.device), m, n, k, num_bits, group_size, launches, x.itemsize)
+    if isinstance(tile, CodesTile):
+        _codes(x, layer, y, m, form, tile)
+    else:
+        overlapping = tile.pdl and overlaps(x.device)
+        aligned = weight.data_ptr() % ALIGNED == 0
+        _fused_launch(form, m, tile, layer.outputs, bias is not None, overlapping, aligned)(x, *layer.tensors, y)
+    return y
+
+
+def accumulate(
+    q: Tensor, weight: Tensor, num_bits: int, group_size: int = 0, *, tile: CodesTile | None = None
+) -> Tensor:
+    """See `numerics.accumulate`; `weight` are canonical rows."""
+    if q.dtype != torch.int8 or q.dim() != 2:
+        raise ValueError(f"q must be int8 [M, in], found {tuple(q.shape)} of {q.dtype}")
+    (m, k), n = q.shape, weight.shape[0]
+    form = layout(n, k, num_bits, group_size)
+    require(weight, torch.uint8, n * form.row_bytes, "weight rows")
+    acc = torch.empty((m, n, form.groups), dtype=torch.int32, device=q.device)
+    if acc.numel() == 0:
+        return acc
+    chosen = tile or configs.linear_tile(device_class(q.device), m, n, k, num_bits, group_size, 2)
+    assert isinstance(chosen, CodesTile)
+    ones = torch.ones(n * form.groups, dtype=torch.float32, device=q.device)  # scales, which accumulators do not have
+    _codes(q.contiguous(), _Layer(weight, ones, None, None, None), acc, m, form, chosen)
+    return acc
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """See `numerics.quantize`."""
     x = x.contiguous()
+    count = x.numel()
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    if x.numel():
-        count = x.numel()
-        blocks = 1024
-        with _guard(x):
-            quantize_planes[(1, triton.cdiv(count, blocks))](
-                x,
-                _require(scale, torch.float32, 1, "scale"),
-                q,
-                q,
-                0,
-                count,
-                count,
-                PLANES=1,
-                BLOCKS=blocks,
-                CODES=False,
-                PDL=_overlaps(x),
-                num_warps=4,
-                **_launch(_overlaps(x)),
-            )
+    if count:
+        require(scale, torch.float32, 1, "scale")
+        _planes_launch(1, count, 1, count, 0, False, overlaps(x.device))(x, scale, q, q)
     return q
+
+
+@functools.lru_cache(maxsize=1024)
+def _requantize_launch(m: int, n: int, groups: int, outputs: int, has_bias: bool) -> Launch:
+    bn = min(power_of_two(n), 1024)
+    constants = {"OUTPUTS": outputs, "BIAS": has_bias, "GROUPED": groups > 1, "BN": bn}
+    return Launch(requantize_rows, (m, triton.cdiv(n, bn)), (n, groups), constants)
 
 
 def requantize(
@@ -361,120 +283,22 @@ def requantize(
     if acc.dtype != torch.int32 or acc.dim() != 3:
         raise ValueError(f"acc must be int32 [M, out, groups], found {tuple(acc.shape)} of {acc.dtype}")
     m, n, groups = acc.shape
+    require(weight_scale, torch.float32, n * groups, "weight_scale")
+    require(input_scale, torch.float32, 1, "input_scale")
+    _check_output_scale(output_scale, n)
+    if bias is not None:
+        require(bias, torch.float32, n, "bias")
     y = torch.empty((m, n), dtype=dtype, device=acc.device)
-    if y.numel() == 0:
-        return y
-    bn = min(power_of_two(n), 1024)
-    with _guard(acc):
-        requantize_rows[(m, triton.cdiv(n, bn))](
-            acc.contiguous(),
-            _require(weight_scale, torch.float32, n * groups, "weight_scale"),
-            _require(input_scale, torch.float32, 1, "input_scale"),
-            input_scale if output_scale is None else output_scale,
-            input_scale if bias is None else _require(bias, torch.float32, n, "bias"),
-            y,
-            n,
-            groups,
-            OUTPUTS=_output_scales(output_scale, n),
-            BIAS=bias is not None,
-            GROUPED=groups > 1,
-            BN=bn,
-            num_warps=4,
-            **_launch(False),
-        )
+    if y.numel():
+        layer = _Layer(acc, weight_scale, input_scale, output_scale, bias)
+        _requantize_launch(m, n, groups, layer.outputs, bias is not None)(acc.contiguous(), *layer.tensors[1:], y)
     return y
 
 
-def linear_weight_only(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    num_bits: int,
-) -> Tensor:
-    """See `numerics.linear_emulated` without an input scale; `weight` are canonical rows, `x` is not float32."""
-    *batch, k = x.shape
-    m, groups = math.prod(batch), weight_scale.shape[1]
-    group_size = k // groups if groups > 1 else 0
-    n, row_bytes, groups, group_blocks = _layer(weight, weight_scale, bias, k, num_bits, group_size)
-    y = torch.empty((*batch, n), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    if num_bits == 2 and groups == 1:
-        return _digits(x.contiguous(), weight, weight_scale, output_scale, bias, y, m, n, k, row_bytes)
-    bm = max(8, min(64, power_of_two(m)))
-    bb = max(32, min(power_of_two(group_blocks), 256 // planes(num_bits)))
-    bn = 64
-    with _guard(x):
-        weight_only_linear[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
-            x.contiguous(),
-            weight,
-            weight_scale,
-            weight_scale if output_scale is None else _require(output_scale, torch.float32, 1, "output_scale"),
-            weight_scale if bias is None else bias,
-            y,
-            m,
-            n,
-            k,
-            row_bytes,
-            groups,
-            group_blocks,
-            BITS=num_bits,
-            PLANES=planes(num_bits),
-            OUTPUT=output_scale is not None,
-            BIAS=bias is not None,
-            GROUPED=groups > 1,
-            EVEN=_even(row_bytes, group_blocks, num_bits, n, bn, bb),
-            BN=bn,
-            BM=bm,
-            BB=bb,
-            num_warps=4,
-            num_stages=3 if 8 % num_bits == 0 else 2,
-            **_launch(False),
-        )
-    return y
-
-
-def _digits(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    m: int,
-    n: int,
-    k: int,
-    row_bytes: int,
-) -> Tensor:
-    """Two bits, one scale per channel: exact sums, the bits of the CPU's kernel."""
-    bm = min(4, power_of_two(m))
-    bn, bb = 64, max(32, min(128, power_of_two(row_bytes)))
-    with _guard(x):
-        digits_linear[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
-            x,
-            weight,
-            weight_scale,
-            weight_scale if output_scale is None else _require(output_scale, torch.float32, 1, "output_scale"),
-            weight_scale if bias is None else bias,
-            y,
-            m,
-            n,
-            k,
-            row_bytes,
-            OUTPUT=output_scale is not None,
-            BIAS=bias is not None,
-            EVEN=_even(row_bytes, row_bytes, 2, n, bn, bb),
-            BN=bn,
-            BM=bm,
-            BB=bb,
-            BK=min(1024, power_of_two(k)),
-            num_warps=4,
-            num_stages=4,
-            **_launch(False),
-        )
-    return y
+@functools.lru_cache(maxsize=1024)
+def _embedding_launch(count: int, numbers: tuple[float, ...], dim: int, num_bits: int) -> Launch:
+    block = min(power_of_two(dim), 1024)
+    return Launch(gather_rows, (count, triton.cdiv(dim, block)), numbers, {"BITS": num_bits, "BLOCK": block})
 
 
 def embedding(
@@ -497,25 +321,10 @@ def embedding(
     if weight_scale.dtype != torch.float32 or (groups > 1 and weight_scale.stride(1) != 1):
         raise ValueError(f"weight_scale must be float32 with contiguous rows, found {weight_scale.dtype}")
     y = torch.empty((*ids.shape, embedding_dim), dtype=dtype, device=ids.device)
-    if y.numel() == 0:
-        return y
-    block = min(power_of_two(embedding_dim), 1024)
-    with _guard(ids):
-        gather_rows[(ids.numel(), triton.cdiv(embedding_dim, block))](
-            ids.contiguous(),
-            weight,
-            weight_scale,
-            y,
-            rows,
-            weight.stride(0),
-            weight_scale.stride(0),
-            row_bytes,
-            embedding_dim,
-            max(embedding_dim // max(groups, 1), 1),
-            embed_scale,
-            BITS=num_bits,
-            BLOCK=block,
-            num_warps=4,
-            **_launch(False),
-        )
+    if y.numel():
+        strides = (weight.stride(0), weight_scale.stride(0))
+        group_size = max(embedding_dim // max(groups, 1), 1)
+        numbers = (rows, *strides, row_bytes, embedding_dim, group_size, embed_scale)
+        launch = _embedding_launch(ids.numel(), numbers, embedding_dim, num_bits)
+        launch(ids.contiguous(), weight, weight_scale, y)
     return y

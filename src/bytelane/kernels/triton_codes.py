@@ -141,6 +141,44 @@ def plane_of_blocks(rows, blocks, mask, row_bytes, P: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
+def load_floats(x_rows, in_rows, first, end, in_features, BB: tl.constexpr, PLANES: tl.constexpr):
+    """Activations that meet BB blocks of codes from block `first` on: `[rows, BB * PLANES]`, 0 from block `end` on.
+
+    Args:
+        x_rows: pointers `[rows, 1]` to the first activation of each row.
+        in_rows: `[rows, 1]`, which rows there are.
+        first: the first block.
+        end: the block after the last one that counts.
+        in_features: K; a last block may go past it.
+        BB: blocks.
+        PLANES: codes in a block.
+    """
+    k = (first * PLANES + tl.arange(0, BB * PLANES))[None, :]
+    return tl.load(x_rows + k, mask=in_rows & (k < tl.minimum(end * PLANES, in_features)), other=0.0)
+
+
+@triton.jit
+def load_bytes(rows, blocks, in_rows, row_blocks, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """Whole bytes of packed codes; of the other widths nothing, their planes are loaded one by one."""
+    if 8 % BITS != 0:
+        return 0
+    elif EVEN:
+        return tl.load(rows + blocks)
+    else:
+        return tl.load(rows + blocks, mask=in_rows & (blocks < row_blocks), other=0)
+
+
+@triton.jit
+def load_plane(packed, rows, blocks, in_rows, row_bytes, P: tl.constexpr, BITS: tl.constexpr, SHIFT: tl.constexpr):
+    """Plane P of a tile of the weight."""
+    if 8 % BITS == 0:
+        return plane_of_bytes(packed, P, BITS, SHIFT)
+    else:
+        BLOCK: tl.constexpr = BITS // 2 if BITS == 6 else BITS
+        return plane_of_blocks(rows, blocks, in_rows, row_bytes, P, BITS, BLOCK)
+
+
+@triton.jit
 def split_planes(q, BM: tl.constexpr, BLOCKS: tl.constexpr, PLANES: tl.constexpr):
     """Codes `[BM, BLOCKS * PLANES]` to a tuple of planes `[BM, BLOCKS]`, without moving one between threads."""
     if PLANES == 1:

@@ -2,8 +2,9 @@
 
 A configuration never changes a bit of an integer layer, only its time. The rows for 2 and 4 bits follow a sweep of
 `benchmarks/gpu_tune.py` on the device they name; those for 8 bits and for 1024 rows are carried over from their
-neighbours. Other devices take the same rows with at most three stages, which fit their smaller shared memory.
-Configurations are few on purpose: each is one compilation of a second or two, kept in Triton's cache on disk.
+neighbours, and timed (benchmarks/results/gpu_linear_h100.json) but not tuned. Other devices take the same rows with
+at most three stages, which fit their smaller shared memory. Configurations are few on purpose: each is one
+compilation of a second or two, kept in Triton's cache on disk.
 """
 
 from __future__ import annotations

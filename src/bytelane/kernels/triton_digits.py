@@ -20,11 +20,12 @@ from bytelane.kernels.triton_codes import (
     INTERPRETED,
     ROUND,
     emulated_output,
+    load_bytes,
+    load_floats,
     plane_of_bytes,
     rounded_to,
     split_planes,
 )
-from bytelane.kernels.triton_linear import load_bytes
 
 DIGITS = tl.constexpr(4)
 """Rows of digits for a row of activations: three, and one of zeros, because tiles are powers of two."""
@@ -95,8 +96,7 @@ def digits_linear(
     at = weight + column.to(tl.int64) * row_bytes
     acc = tl.zeros((BN, BM * DIGITS), tl.int32)
     for start in range(0, row_bytes, BB):
-        k = (start * 4 + tl.arange(0, BB * 4))[None, :]
-        floats = tl.load(x_at + k, mask=x_mask & (k < in_features), other=0.0)
+        floats = load_floats(x_at, x_mask, start, row_bytes, in_features, BB, 4)
         parts = split_planes(_digits(floats, exponent[:, None], digit), BM * DIGITS, BB, 4)
         packed = load_bytes(at, (start + tl.arange(0, BB))[None, :], in_column, row_bytes, 2, EVEN)
         for p in tl.static_range(4):
@@ -114,8 +114,7 @@ def digits_linear(
         plain_at = x + out_m[:, None].to(tl.int64) * in_features
         floats_acc = tl.zeros((BN, BM), tl.float32)
         for start in range(0, row_bytes, BB):
-            k = (start * 4 + tl.arange(0, BB * 4))[None, :]
-            floats = tl.load(plain_at + k, mask=(out_m < rows)[:, None] & (k < in_features), other=0.0)
+            floats = load_floats(plain_at, (out_m < rows)[:, None], start, row_bytes, in_features, BB, 4)
             parts = split_planes(floats, BM, BB, 4)
             packed = load_bytes(at, (start + tl.arange(0, BB))[None, :], in_column, row_bytes, 2, EVEN)
             for p in tl.static_range(4):

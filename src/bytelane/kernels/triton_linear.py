@@ -31,9 +31,10 @@ from bytelane.kernels.triton_codes import (
     channel_terms,
     finish,
     group_ratio,
+    load_bytes,
+    load_floats,
     load_output_scale,
-    plane_of_blocks,
-    plane_of_bytes,
+    load_plane,
     quantize_codes,
     rounded_to,
     split_planes,
@@ -52,27 +53,6 @@ def prefetch_rows(rows, BYTES: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def load_bytes(rows, blocks, in_rows, row_blocks, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Whole bytes of packed codes; of the other widths nothing, their planes are loaded one by one."""
-    if 8 % BITS != 0:
-        return 0
-    elif EVEN:
-        return tl.load(rows + blocks)
-    else:
-        return tl.load(rows + blocks, mask=in_rows & (blocks < row_blocks), other=0)
-
-
-@triton.jit
-def load_plane(packed, rows, blocks, in_rows, row_bytes, P: tl.constexpr, BITS: tl.constexpr, SHIFT: tl.constexpr):
-    """Plane P of a tile of the weight."""
-    if 8 % BITS == 0:
-        return plane_of_bytes(packed, P, BITS, SHIFT)
-    else:
-        BLOCK: tl.constexpr = BITS // 2 if BITS == 6 else BITS
-        return plane_of_blocks(rows, blocks, in_rows, row_bytes, P, BITS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -156,12 +136,11 @@ def fused_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     parts = tl.zeros((SPLIT, BN, BM), tl.int32)
     row_blocks = group_blocks * groups
+    x_rows = x + m[:, None] * in_features
     for g in range(0, groups):
-        for first in range(g * group_blocks, (g + 1) * group_blocks, BB):
-            end = (g + 1) * group_blocks
-            k = first * PLANES + tl.arange(0, BB * PLANES)
-            x_mask = in_m[:, None] & (k < tl.minimum(end * PLANES, in_features))[None, :]
-            floats = tl.load(x + m[:, None] * in_features + k[None, :], mask=x_mask, other=0.0)
+        end = (g + 1) * group_blocks
+        for first in range(g * group_blocks, end, BB):
+            floats = load_floats(x_rows, in_m[:, None], first, end, in_features, BB, PLANES)
             q = split_planes(quantize_codes(floats, inverse), BM, BB, PLANES)
             if SPLIT == 1:
                 at = weight + column.to(tl.int64) * row_bytes

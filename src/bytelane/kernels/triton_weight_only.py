@@ -13,8 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bytelane.kernels.triton_codes import INTERPRETED, emulated_output, rounded_to, split_planes
-from bytelane.kernels.triton_linear import load_bytes, load_plane
+from bytelane.kernels.triton_codes import (
+    INTERPRETED,
+    emulated_output,
+    load_bytes,
+    load_floats,
+    load_plane,
+    rounded_to,
+    split_planes,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,15 +58,14 @@ def weight_only_linear(
     in_column = in_channels[:, None]
     at = weight + column.to(tl.int64) * row_bytes
     row_blocks = group_blocks * groups
+    x_rows = x + m[:, None].to(tl.int64) * in_features
     acc = tl.zeros((BN, BM), tl.float32)
     for g in range(0, groups):
         scale = tl.load(weight_scale + column * groups + g, mask=in_column, other=0.0)
         scale = rounded_to(scale, dtype).to(tl.float32)
         end = (g + 1) * group_blocks
         for first in range(g * group_blocks, end, BB):
-            k = first * PLANES + tl.arange(0, BB * PLANES)
-            x_mask = in_m[:, None] & (k < tl.minimum(end * PLANES, in_features))[None, :]
-            floats = tl.load(x + m[:, None].to(tl.int64) * in_features + k[None, :], mask=x_mask, other=0.0)
+            floats = load_floats(x_rows, in_m[:, None], first, end, in_features, BB, PLANES)
             parts = split_planes(floats, BM, BB, PLANES)
             blocks = (first + tl.arange(0, BB))[None, :]
             packed = load_bytes(at, blocks, in_column, row_blocks, BITS, EVEN)
