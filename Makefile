@@ -97,6 +97,36 @@ fuzz: $(READY) ## Break checkpoints for two minutes, guided by the code they rea
 	mkdir -p build/fuzz
 	$(BIN)/python tests/fuzz_coverage.py build/fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=120 -rss_limit_mb=8192
 
+# The kernels without Python, for processors that this one is not. On Debian: apt install g++-aarch64-linux-gnu qemu-user
+# cmake python3-numpy.
+NATIVE_CASES := build/native/cases.bin
+NUMPY_PYTHON ?= $(PYTHON)
+CMAKE ?= cmake
+DRIVER = $(CMAKE) -DCMAKE_BUILD_TYPE=Release -DBYTELANE_DRIVER=ON -S .
+AARCH64 ?= aarch64-linux-gnu
+EMULATED = qemu-aarch64 -L /usr/$(AARCH64)
+CASE_SOURCES := tests/native/cases.py tests/oracle.py tests/float_oracle.py
+
+$(NATIVE_CASES): $(CASE_SOURCES)
+	mkdir -p $(@D)
+	$(NUMPY_PYTHON) tests/native/cases.py $@
+
+.PHONY: test-arm test-avxvnni
+test-arm: $(NATIVE_CASES) ## Cross-compile the Arm kernels and run every case under qemu-user, with and without dot products.
+	$(DRIVER) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(AARCH64)-g++
+	$(CMAKE) --build build/arm --parallel 2
+	$(EMULATED) -cpu cortex-a76 build/arm/driver $(NATIVE_CASES) dotprod portable
+	$(EMULATED) -cpu cortex-a53 build/arm/driver $(NATIVE_CASES) portable
+
+test-avxvnni: $(NATIVE_CASES) ## Run every case on the AVX-VNNI source, encoded for this AVX512-VNNI processor.
+	$(DRIVER) -B build/avxvnni -DBYTELANE_EVEX_VNNI=ON
+	$(CMAKE) --build build/avxvnni --parallel 2
+	build/avxvnni/driver $(NATIVE_CASES) $(X86_ISAS)
+
+# What this processor runs of that build, the AVX-VNNI source among it.
+X86_ISAS ?= avx512vbmi avx512vnni avxvnni avx2 portable
+
 bench: $(READY) ## Time the linear kernels against the machine's limits and torch.
 	$(BIN)/python benchmarks/linear.py
 

@@ -439,6 +439,11 @@ struct Avx2Narrow::Dot<8> {
     static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_add_epi32(s.wide, _mm_madd_epi16(u, q)); }
 };
 
+}  // namespace
+
+#ifndef BYTELANE_AVXVNNI  // isa_avxvnni.cpp starts from this source and has its own table
+namespace {
+
 bool supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -450,5 +455,6 @@ const Kernels avx2_kernels = {"avx2",          supported,         quantize<Avx2>
                               matmul<Avx2>,    weight_only<Avx2>, embedding<Avx2>, norm_rows<Avx2>,
                               head_rows<Avx2>, gate_rows<Avx2>,   add_rows<Avx2>,  store_codes<Avx2>,
                               attention<Avx2>, dense<Avx2>, peak_dots<Avx2>, read_all<Avx2>};
+#endif
 
 }  // namespace bytelane::cpu

@@ -227,7 +227,9 @@ struct Kernels {
 
 extern const Kernels avx512vbmi_kernels;
 extern const Kernels avx512vnni_kernels;
+extern const Kernels avxvnni_kernels;
 extern const Kernels avx2_kernels;
+extern const Kernels dotprod_kernels;
 extern const Kernels portable_kernels;
 
 }  // namespace bytelane::cpu

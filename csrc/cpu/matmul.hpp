@@ -37,6 +37,16 @@ constexpr std::int64_t kSerialActivations = 32 << 10;
 constexpr std::int64_t kTileBytes = 32 << 10;         // of weights that several tiles read
 constexpr std::int64_t kUnpackedBytes = 128 << 10;    // unpacked rows of one panel
 
+// What an instruction set that dots signed bytes takes off every code of 8 bits beforehand.
+template <class Dot>
+constexpr std::uint32_t kTaken = [] {
+    if constexpr (requires { Dot::taken; }) {
+        return Dot::taken;
+    } else {
+        return 0u;
+    }
+}();
+
 template <class Isa, int Bits, bool Unpack>
 class MatmulDriver {
     using L = Layout<Isa, Bits>;
@@ -153,7 +163,7 @@ class MatmulDriver {
 
     template <int MR>
     void dot(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m, std::int32_t* acc) const {
-        const std::uint32_t offset = 1u << (a_.bits - 1);
+        const std::uint32_t offset = (1u << (a_.bits - 1)) - kTaken<typename L::Dot>;
         if (rows.bytes == L::weight_bytes) {
             return dot_rows<Isa, Bits, MR, true>(rows, count, codes, m, offset, acc, kPanel);
         }

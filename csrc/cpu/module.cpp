@@ -16,6 +16,7 @@
 
 #include "kernels.hpp"
 #include "module.hpp"
+#include "table.hpp"
 
 namespace nb = nanobind;
 
@@ -23,17 +24,6 @@ namespace bytelane::cpu {
 namespace {
 
 constexpr std::int64_t kMaxInFeatures = 131072;  // 2^17 products of two int8 codes stay in int32
-
-// Best first.
-const Kernels* const kTable[] = {
-#ifdef BYTELANE_X86
-    &avx512vbmi_kernels,
-    &avx512vnni_kernels,
-    &avx2_kernels,
-#endif
-    &portable_kernels,
-};
-constexpr int kCount = static_cast<int>(sizeof kTable / sizeof kTable[0]);
 
 }  // namespace
 

@@ -8,7 +8,8 @@ CUDA kernels are Triton's and need it installed and a device of compute capabili
 `sm90` and so on, of the current device.
 
 The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512vbmi`,
-`avx512vnni`, `avx2`, `portable`); it is read once per process. The results are the same bits whatever it says.
+`avx512vnni`, `avxvnni`, `avx2`; `dotprod` on Arm; `portable`); it is read once per process. The results are the same
+bits whatever it says.
 """
 
 from __future__ import annotations
