@@ -172,7 +172,14 @@ def weight_only(x, w, scale, s_out, bias, bits: int, dtype: str) -> np.ndarray:
 
 def float_weights(out: Writer, rng, bits: int) -> None:
     for dtype in HALVES:
-        for m, n, k, groups in ((1, 65, 1536, 1), (1, 1, 1, 1), (2, 5, 15, 1), (1, 66, 17, 1), (3, 7, 100, 5), (8, 67, 1000, 1)):
+        for m, n, k, groups in (
+            (1, 65, 1536, 1),
+            (1, 1, 1, 1),
+            (2, 5, 15, 1),
+            (1, 66, 17, 1),
+            (3, 7, 100, 5),
+            (8, 67, 1000, 1),
+        ):
             w, scale = codes_of(rng, bits, n, k), (rng.uniform(0.1, 1, (n, groups)) * 0.05).astype(F)
             x, bias = float_oracle.round_to(rng.normal(0, 1, (m, k)), dtype), rng.normal(0, 1, n).astype(F)
             for s_out, b in ((None, None), (F(0.07), bias)):
@@ -225,7 +232,13 @@ def between(out: Writer, rng, dtype: str) -> None:
         for b in (bias, None):
             y = float_oracle.dense(x, w, b, dtype)
             out.case("dense", (m, n, k, code), stored(x, dtype), stored(w, dtype), b, stored(y, dtype))
-    for shape in ((1, 1, 1, 1, 1, 16), (1, 1, 37, 8, 1, 64), (2, 5, 5, 4, 2, 48), (1, 7, 40, 6, 3, 20), (2, 3, 19, 3, 3, 80)):
+    for shape in (
+        (1, 1, 1, 1, 1, 16),
+        (1, 1, 37, 8, 1, 64),
+        (2, 5, 5, 4, 2, 48),
+        (1, 7, 40, 6, 3, 20),
+        (2, 3, 19, 3, 3, 80),
+    ):
         for coded in (True, False):
             attention(out, rng, dtype, shape, coded)
 
