@@ -81,6 +81,13 @@ inline std::uint16_t bfloat_from_float(float value) {
     return static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
+// The same rounding where the result stays a float32: 32-bit lanes throughout, so no vector is packed and unpacked.
+inline float round_to_bfloat(float value) {
+    const std::uint32_t bits = bits_of(value);
+    const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+    return float_of(value != value ? 0x7fc00000u : rounded);
+}
+
 inline std::int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // One chunk of activations as float32, in `buffer` or where they already are. `x` holds 64 elements and is read in

@@ -17,7 +17,7 @@ namespace {
 inline float round_to(float value, Dtype dtype) {
     if (dtype == Dtype::float32) return value;
     if (dtype == Dtype::float16) return float_from_half(half_from_float(value));
-    return float_from_bfloat(bfloat_from_float(value));
+    return round_to_bfloat(value);
 }
 
 // One chunk of 64 values, each rounded to T and kept as float32.
@@ -29,7 +29,7 @@ void round_chunk(float* values, Dtype dtype) {
         Isa::narrow_half(values, halves);
         Isa::widen_half(halves, values);
     } else {
-        for (int i = 0; i < kChunk; ++i) values[i] = float_from_bfloat(bfloat_from_float(values[i]));
+        for (int i = 0; i < kChunk; ++i) values[i] = round_to_bfloat(values[i]);
     }
 }
 

@@ -244,6 +244,25 @@ struct Avx2 {
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
     }
 
+    // Eight-bit codes, stored with 128 added.
+    static __m256 codes_8(const std::uint8_t* p) {
+        const __m256i stored = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(stored, _mm256_set1_epi32(128)));
+    }
+    static Floats load_codes(const std::uint8_t* p) { return {codes_8(p), codes_8(p + 8)}; }
+
+    static Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+
+    static __m256 round_bfloat_8(__m256 v) {  // round_to_bfloat of every lane
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i rounded = _mm256_and_si256(sum, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+        const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+        return _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    }
+    static Floats round_bfloat(Floats v) { return {round_bfloat_8(v.low), round_bfloat_8(v.high)}; }
+
     static __m256 bfloat_8(const std::uint16_t* p) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

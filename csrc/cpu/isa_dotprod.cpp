@@ -213,6 +213,32 @@ struct Dotprod {
                  floats(vget_high_s16(high))}};
     }
 
+    // Eight-bit codes, stored with 128 added: with the highest bit turned they are signed bytes.
+    static Floats load_codes(const std::uint8_t* p) {
+        std::int8_t codes[16];
+        vst1q_u8(reinterpret_cast<std::uint8_t*>(codes), veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));
+        return load_int8(codes);
+    }
+
+    static Floats multiply(const Floats& a, const Floats& b) {
+        Floats v;
+        for (int i = 0; i < 4; ++i) v.part[i] = vmulq_f32(a.part[i], b.part[i]);
+        return v;
+    }
+
+    static Floats round_bfloat(const Floats& v) {  // round_to_bfloat of every lane
+        Floats out;
+        for (int i = 0; i < 4; ++i) {
+            const uint32x4_t bits = vreinterpretq_u32_f32(v.part[i]);
+            const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+            const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+            const uint32x4_t rounded = vandq_u32(sum, vdupq_n_u32(0xffff0000u));
+            const uint32x4_t ordered = vceqq_f32(v.part[i], v.part[i]);
+            out.part[i] = vreinterpretq_f32_u32(vbslq_u32(ordered, rounded, vdupq_n_u32(0x7fc00000u)));
+        }
+        return out;
+    }
+
     static Floats load_bfloat(const std::uint16_t* p) {
         Floats v;
         for (int i = 0; i < 4; ++i) v.part[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));

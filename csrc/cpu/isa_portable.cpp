@@ -178,6 +178,20 @@ struct Portable {
     static Floats load_int8(const std::int8_t* p) {
         return lanes([p](int i) { return static_cast<float>(p[i]); });
     }
+    // Eight-bit codes, stored with 128 added.
+    static Floats load_codes(const std::uint8_t* p) {
+        return lanes([p](int i) { return static_cast<float>(p[i] - 128); });
+    }
+    static Floats multiply(const Floats& a, const Floats& b) {
+        Floats v;
+        for (int i = 0; i < 4; ++i) v.part[i] = a.part[i] * b.part[i];
+        return v;
+    }
+    static Floats round_bfloat(const Floats& v) {
+        float values[16];
+        store(values, v);
+        return lanes([&values](int i) { return round_to_bfloat(values[i]); });
+    }
     static Floats load_bfloat(const std::uint16_t* p) {
         return lanes([p](int i) { return float_from_bfloat(p[i]); });
     }

@@ -12,7 +12,8 @@
 //
 // With one scale per channel a value is a function of the code alone. At 3 and 4 bits a row has a table of its values in
 // registers, and sixteen codes become sixteen values by shifts and shuffles, never touching memory (M = 1), or once for
-// all rows of activations. Otherwise a chunk of the row is dequantized to float32 in L1.
+// all rows of activations. At 8 bits, in bfloat16, sixteen codes are multiplied and rounded where they are used. Otherwise
+// a chunk of the row is dequantized to float32 in L1.
 #pragma once
 
 #include <cstdint>
@@ -83,6 +84,19 @@ struct Tile {
     CodedRow rows[kTileRows];
 };
 
+// The values of a row of 8-bit codes with one scale, in bfloat16: what `Isa::Table` is to narrower ones.
+template <class Isa>
+struct ByteValues {
+    static constexpr int bits = 8;
+    typename Isa::Floats scale;
+
+    explicit ByteValues(float s) : scale(Isa::broadcast(s)) {}
+
+    auto at(const std::uint8_t* codes) const {
+        return Isa::round_bfloat(Isa::multiply(Isa::load_codes(codes), scale));
+    }
+};
+
 template <class Isa>
 class WeightOnlyDriver {
     using Floats = typename Isa::Floats;
@@ -137,6 +151,7 @@ class WeightOnlyDriver {
     void run_tile(const Tile& tile, const float* x, float* lanes, float* buffer) const {
         if (a_.groups == 1 && a_.bits == 3) return run_looked_up<3>(tile, x, lanes, buffer);
         if (a_.groups == 1 && a_.bits == 4) return run_looked_up<4>(tile, x, lanes, buffer);
+        if (a_.groups == 1 && a_.bits == 8 && a_.dtype == Dtype::bfloat16) return run_bytes(tile, x, lanes, buffer);
         std::memset(lanes, 0, a_.m * kTileRows * kLanes * sizeof *lanes);
         dot_dequantized(tile, 0, x, lanes, buffer);
     }
@@ -193,7 +208,6 @@ class WeightOnlyDriver {
     template <int Bits>
     void run_looked_up(const Tile& tile, const float* x, float* lanes, float* buffer) const {
         using Table = typename Isa::template Table<Bits>;
-        constexpr std::int64_t step = kLanes * Bits / 8;  // bytes of sixteen codes
         static_assert(kTileRows << 4 == kChunk && Bits <= 4);
         alignas(64) float values[kChunk];
         for (std::int64_t r = 0; r < kTileRows; ++r) {
@@ -201,7 +215,21 @@ class WeightOnlyDriver {
             for (int c = 0; c < 16; ++c) values[r * 16 + c] = static_cast<float>(c - (1 << (Bits - 1))) * scale;
         }
         round_chunk<Isa>(values, a_.dtype);
-        const Table table[kTileRows] = {Table(values), Table(values + 16), Table(values + 32), Table(values + 48)};
+        const Table tables[kTileRows] = {Table(values), Table(values + 16), Table(values + 32), Table(values + 48)};
+        run_values(tables, tile, x, lanes, buffer);
+    }
+
+    void run_bytes(const Tile& tile, const float* x, float* lanes, float* buffer) const {
+        const auto values = [&](int r) { return ByteValues<Isa>(round_to(*tile.rows[r].scale, a_.dtype)); };
+        static_assert(kTileRows == 4);
+        const ByteValues<Isa> rows[kTileRows] = {values(0), values(1), values(2), values(3)};
+        run_values(rows, tile, x, lanes, buffer);
+    }
+
+    // A tile whose sixteen codes become sixteen values by `table[r].at`.
+    template <class Table>
+    void run_values(const Table* table, const Tile& tile, const float* x, float* lanes, float* buffer) const {
+        constexpr std::int64_t step = kLanes * Table::bits / 8;  // bytes of sixteen codes
         const std::uint8_t* w[kTileRows];
         for (std::int64_t r = 0; r < kTileRows; ++r) w[r] = tile.rows[r].first;
         if (a_.m == 1) {
