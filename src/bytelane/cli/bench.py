@@ -12,6 +12,10 @@ from bytelane.cli.output import JsonOption, ThreadsOption, emit_line, table, wri
 if TYPE_CHECKING:
     from bytelane.benchmark import Limits, Result
 
+SHAPES = "1536x256,1536x2048,1536x6144,6144x1536,1536x12288,12288x1536,2560x10240,10240x2560,4096x14336"
+ROWS = "1,2,4,8,16,128,512"
+QUICK_SHAPES, QUICK_ROWS = "1536x256,1536x6144", "1,128"
+
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels beside the machine's limits and other runtimes.")
 
 
@@ -43,9 +47,12 @@ def _bench() -> None:
 @bench.command("linear")
 def linear(
     shapes: Annotated[
-        str, typer.Option(help="INxOUT, with commas. The default: Gemma 4 E2B's, E4B's, and an 8B model's.")
-    ] = "1536x256,1536x2048,1536x6144,6144x1536,1536x12288,12288x1536,2560x10240,10240x2560,4096x14336",
-    rows: Annotated[str, typer.Option(help="Rows of activations (M), with commas.")] = "1,2,4,8,16,128,512",
+        str | None,
+        typer.Option(help=f"INxOUT, with commas. Gemma 4 E2B's, E4B's and an 8B model's if not given: {SHAPES}."),
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help=f"Rows of activations (M), with commas; {ROWS} if not given.")
+    ] = None,
     bits: Annotated[str, typer.Option(help="Weight widths, with commas.")] = "2,4,8",
     group_size: Annotated[int, typer.Option(min=0, help="Inputs per weight scale; 0: one scale per channel.")] = 0,
     peers: Annotated[
@@ -58,7 +65,12 @@ def linear(
     seconds: Annotated[
         float, typer.Option(min=0.1, help="Time for the rounds of one shape and M, all contenders together.")
     ] = 4.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds: only shows that it works.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help=f"Two rounds, of {QUICK_SHAPES} at M = {QUICK_ROWS} if not told: shows that it works."
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.", metavar="FILE")] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -76,12 +88,13 @@ def linear(
 
     set_threads(threads)
     widths = _numbers(bits, "--bits", low=2, high=8)
-    counts = _numbers(rows, "--rows", low=1, high=65536)
+    counts = _numbers(rows or (QUICK_ROWS if quick else ROWS), "--rows", low=1, high=65536)
     wanted = () if peers == "none" else tuple(peers.split(","))
     if unknown := set(wanted) - set(PEERS):
         raise typer.BadParameter(f"must be of {', '.join(PEERS)}, found {unknown}", param_hint="--peers")
     if vllm_python is not None and not vllm_python.is_file():
         raise typer.BadParameter(f"no such file: {vllm_python}", param_hint="--vllm-python")
+    shapes = shapes or (QUICK_SHAPES if quick else SHAPES)
     sizes = _shapes(shapes)
     if any(group_size and k % group_size for k, _ in sizes):
         raise typer.BadParameter(f"{group_size} must divide the inputs of {shapes}", param_hint="--group-size")

@@ -35,9 +35,11 @@ class NotDelegatedError(RuntimeError):
 def _weight_bytes(codes: Array, bits: int) -> NDArray[np.uint8]:
     """Codes `[N, K]` to the runtime's bytes: one dense stream over the whole matrix, without row padding."""
     per_byte = 8 // bits
-    flat = codes.astype(np.int16).reshape(-1) & (2**bits - 1)
+    flat = codes.reshape(-1).astype(np.uint8) & np.uint8(2**bits - 1)
     flat = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
-    packed: NDArray[np.uint8] = (flat << (np.arange(per_byte) * bits)).sum(axis=1).astype(np.uint8)
+    packed = np.zeros(flat.shape[0], dtype=np.uint8)
+    for place in range(per_byte):
+        packed |= flat[:, place] << np.uint8(place * bits)
     return packed
 
 
