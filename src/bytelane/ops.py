@@ -15,8 +15,8 @@ channel; activation scales are float32 tensors of one element, and an absent sid
 `linear` and `requantize` may also be float32 `[out]`, one for each channel: layers that read one tensor, at one input
 scale, width and granularity, then run as one call on their concatenated rows, with the bits of each alone. An id that
 is not a row of the table raises IndexError on a CPU and gives NaN on CUDA, which does not wait to see it; any other
-argument that does not fit raises ValueError. The operations are functional, carry no state, and have no gradient. Every one of them goes through the table of `bytelane.dispatch`;
-importing this module registers them, once.
+argument that does not fit raises ValueError. The operations are functional, carry no state, and have no gradient. Every
+one of them goes through the table of `bytelane.dispatch`; importing this module registers them, once.
 """
 
 from __future__ import annotations
