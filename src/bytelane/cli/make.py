@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bytelane.cli.output import JsonOption, ModelArgument, ThreadsOption, TrustOption, emit, progress, size, steps
+from bytelane.cli.recipe import (
+    BitsOption,
+    DefaultBitsOption,
+    EmbeddingsOption,
+    EqualizeOption,
+    GgufOption,
+    HeadOption,
+    RecipeOption,
+    RotateOption,
+    SourceArgument,
+    SplitOption,
+    StorageOption,
+    StoredDtypeOption,
+    WindowOption,
+    chosen_recipe,
+)
 
 if TYPE_CHECKING:
     from bytelane.quantize import QuantizationReport
@@ -54,21 +70,14 @@ def convert(
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A float model: a folder, a GGUF file, or a hub id.")],
+    source: SourceArgument,
     out: OutputArgument,
     text: Annotated[
         list[Path], typer.Option("--text", help="Text to observe the model on (.txt, .utf8, .jsonl); repeatable.")
     ],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", help="A recipe file (JSON), or the name of one that ships; the options below override it."
-        ),
-    ] = None,
-    default_bits: Annotated[int | None, typer.Option(help="Weight bits where no --bits pattern matches.")] = None,
-    bits: Annotated[
-        list[str] | None, typer.Option(help="PATTERN=N: weight bits by name, first match wins; repeatable.")
-    ] = None,
+    recipe: RecipeOption = None,
+    default_bits: DefaultBitsOption = None,
+    bits: BitsOption = None,
     granularity: Annotated[
         list[str] | None, typer.Option(help="PATTERN=channel or PATTERN=SIZE: which inputs share a scale; repeatable.")
     ] = None,
@@ -79,31 +88,23 @@ def quantize(
     no_output: Annotated[
         list[str] | None, typer.Option(help="PATTERN: leave these layers' outputs in float; repeatable.")
     ] = None,
-    embeddings: Annotated[int | None, typer.Option(help="Bits of embedding tables; float when absent.")] = None,
-    head: Annotated[
-        str | None, typer.Option(help="**weights** (weight-only, as Gemma's), **full** or **float**.")
-    ] = None,
+    embeddings: EmbeddingsOption = None,
+    head: HeadOption = None,
     range_: Annotated[
         str | None, typer.Option("--range", help="Activation ranges: minmax, mse, or a percentile such as 99.99.")
     ] = None,
-    rotate: Annotated[
-        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate the residual stream (Llama-like models).")
-    ] = None,
-    equalize: Annotated[
-        bool | None, typer.Option("--equalize/--no-equalize", help="Even out the channels of activations and weights.")
-    ] = None,
+    rotate: RotateOption = None,
+    equalize: EqualizeOption = None,
     rounding: Annotated[str | None, typer.Option(help="Of the weights: **nearest** or **gptq**.")] = None,
     search: Annotated[
         int | None, typer.Option(min=0, help="Choose the ranges of this many of the loudest tensors by loss.")
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="**compressed-tensors** or **gemma**.")] = None,
-    split: Annotated[
-        str, typer.Option(help="For files of `<doc>` elements: **calibration**, **evaluation** or **all**.")
-    ] = "all",
-    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    storage: StorageOption = None,
+    split: SplitOption = "all",
+    window: WindowOption = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows to observe.")] = 32,
-    gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in SOURCE that holds the weights.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of what stays float: float32, bfloat16 or float16.")] = "bfloat16",
+    gguf: GgufOption = None,
+    dtype: StoredDtypeOption = "bfloat16",
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -117,7 +118,7 @@ def quantize(
     Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\.=4' --range 99.99`
     """
     from bytelane.cli.common import check_split, parse_dtype, quiet, set_threads, source_folder
-    from bytelane.quantize import Recipe, quantize_checkpoint
+    from bytelane.quantize import quantize_checkpoint
 
     quiet()
     set_threads(threads)
@@ -137,9 +138,7 @@ def quantize(
         "rounding": rounding,
         "search": search,
     }
-    values: dict[str, Any] = {} if recipe is None else Recipe.load(recipe).model_dump(mode="json")
-    values.update({key: value for key, value in given.items() if value is not None})
-    made = Recipe.of(values, "the recipe" if recipe is None else recipe)
+    made = chosen_recipe(recipe, given)
     chosen = parse_dtype(dtype)
     assert chosen is not None
     with steps() as report_step:

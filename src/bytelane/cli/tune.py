@@ -3,51 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bytelane.cli.make import OutputArgument, OverwriteOption
 from bytelane.cli.output import JsonOption, ThreadsOption, emit, size, steps
+from bytelane.cli.recipe import (
+    BitsOption,
+    DefaultBitsOption,
+    EmbeddingsOption,
+    EqualizeOption,
+    GgufOption,
+    HeadOption,
+    RecipeOption,
+    RotateOption,
+    SourceArgument,
+    SplitOption,
+    StorageOption,
+    StoredDtypeOption,
+    WindowOption,
+    chosen_recipe,
+)
 
 if TYPE_CHECKING:
     from bytelane.tune.folders import TunedCheckpoint
 
 
 def tune(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A float model: a folder, a GGUF file, or a hub id.")],
+    source: SourceArgument,
     out: OutputArgument,
     text: Annotated[list[Path], typer.Option("--text", help="Text to train on (.txt, .utf8, .jsonl); repeatable.")],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", help="A recipe file (JSON), or the name of one that ships; the options below override it."
-        ),
-    ] = None,
-    default_bits: Annotated[int | None, typer.Option(help="Weight bits where no --bits pattern matches.")] = None,
-    bits: Annotated[
-        list[str] | None, typer.Option(help="PATTERN=N: weight bits by name, first match wins; repeatable.")
-    ] = None,
-    embeddings: Annotated[int | None, typer.Option(help="Bits of embedding tables; float when absent.")] = None,
-    head: Annotated[
-        str | None, typer.Option(help="**weights** (weight-only, as Gemma's), **full** or **float**.")
-    ] = None,
+    recipe: RecipeOption = None,
+    default_bits: DefaultBitsOption = None,
+    bits: BitsOption = None,
+    embeddings: EmbeddingsOption = None,
+    head: HeadOption = None,
     range_: Annotated[
         str | None,
         typer.Option("--range", help="Where activation ranges start: minmax, mse, or a percentile such as 99.99."),
     ] = None,
-    rotate: Annotated[
-        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate the residual stream (Llama-like models).")
-    ] = None,
-    equalize: Annotated[
-        bool | None, typer.Option("--equalize/--no-equalize", help="Even out the channels of activations and weights.")
-    ] = None,
-    storage: Annotated[str | None, typer.Option(help="**compressed-tensors** or **gemma**.")] = None,
+    rotate: RotateOption = None,
+    equalize: EqualizeOption = None,
+    storage: StorageOption = None,
     kv_cache: Annotated[bool, typer.Option("--kv-cache", help="Learn int8 scales of the KV cache too.")] = False,
-    split: Annotated[
-        str, typer.Option(help="For files of `<doc>` elements: **calibration**, **evaluation** or **all**.")
-    ] = "calibration",
-    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    split: SplitOption = "calibration",
+    window: WindowOption = 512,
     observe: Annotated[int, typer.Option(min=1, help="Windows that the starting ranges come from.")] = 32,
     evaluate: Annotated[
         int, typer.Option(min=0, help="Windows of the evaluation split to score the integer model on.")
@@ -67,8 +68,8 @@ def tune(
     state: Annotated[Path | None, typer.Option(help="Folder for the run's state, to resume from.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --state.")] = False,
-    gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in SOURCE that holds the weights.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of what stays float: float32, bfloat16 or float16.")] = "bfloat16",
+    gguf: GgufOption = None,
+    dtype: StoredDtypeOption = "bfloat16",
     mixed_precision: Annotated[
         str, typer.Option(help="Of the float arithmetic in training: **no** or **bf16**, for GPUs.")
     ] = "no",
@@ -87,7 +88,6 @@ def tune(
     from accelerate import PartialState
 
     from bytelane.cli.common import check_choice, check_split, parse_dtype, quiet, set_threads, source_folder
-    from bytelane.quantize import Recipe
     from bytelane.tune import TuneSettings
     from bytelane.tune.folders import tune_checkpoint
 
@@ -106,9 +106,7 @@ def tune(
         "equalize": equalize,
         "storage": storage,
     }
-    values: dict[str, Any] = {} if recipe is None else Recipe.load(recipe).model_dump(mode="json")
-    values.update({key: value for key, value in given.items() if value is not None})
-    made = Recipe.of(values, "the recipe" if recipe is None else recipe)
+    made = chosen_recipe(recipe, given)
     settings = TuneSettings(
         steps=step_count,
         batch=batch,
