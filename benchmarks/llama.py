@@ -8,7 +8,7 @@ llama.cpp runs in a process of its own, from an environment of its own; it compi
 
 MODEL is best made from the same file, with the file's width:
 
-    bytelane quantize FOLDER MODEL --gguf FILE --text TEXT --default-bits 4 --embeddings 8
+    bytelane quantize FOLDER MODEL --gguf FILE --text TEXT --default-bits 4 --bits lm_head=8 --embeddings 8
 
 Both read the same random prompt and write the same number of tokens, greedily and without stopping. They take turns;
 medians over the rounds are reported, and the ratio is that of the rounds' pairs. The last line is JSON.
