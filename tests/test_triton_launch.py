@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bytelane.kernels import cuda
-from bytelane.kernels.triton_configs import CodesTile, FusedTile
+from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, Tile
 from bytelane.kernels.triton_launch import Launch
 
 pytestmark = pytest.mark.skipif(
@@ -91,12 +91,13 @@ def operands(n: int, k: int, bits: int, m: int) -> tuple[Tensor, ...]:
     return x, rows, torch.ones(n, 1), scale, scale
 
 
-def linear(m: int, tile: FusedTile | CodesTile, bits: int = 4) -> Callable[[], object]:
+def linear(m: int, tile: Tile, bits: int = 4) -> Callable[[], object]:
     args = operands(128, 512, bits, m)
     return lambda: cuda.linear(*args, None, bits, tile=tile)
 
 
 CALLS: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "decode": (linear(3, DecodeTile(4, 64, 2)), ["decode_linear"]),
     "fused": (linear(1, FusedTile(64, 64, 1, 4, 3)), ["fused_linear"]),
     "codes": (linear(20, CodesTile(64, 32, 64, 8, 4, 3)), ["quantize_planes", "codes_linear"]),
     "shared K": (linear(16, CodesTile(64, 16, 32, 8, 4, 3, splits=4), 2), ["quantize_planes", "codes_linear"]),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bytelane.kernels.triton_codes import planes
+from bytelane.kernels.triton_codes import MAX_SCALED_FEATURES, planes
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class FusedTile:
 
 
 @dataclass(frozen=True)
+class DecodeTile:
+    """Of `decode_linear`: output channels, 4-byte words of each row at a time, warps, overlap."""
+
+    bn: int
+    bw: int
+    warps: int
+    pdl: bool = True
+
+
+@dataclass(frozen=True)
 class CodesTile:
     """Of `codes_linear`: output channels, rows, blocks of codes, channel tiles in a band, warps, stages, parts of K."""
 
@@ -44,6 +54,12 @@ class CodesTile:
     warps: int
     stages: int
     splits: int = 1
+
+
+Tile = DecodeTile | FusedTile | CodesTile
+
+DECODE_ROWS = 4
+"""The most rows of `decode_linear`: byte dots cost one instruction for each row, four codes and channel."""
 
 
 def power_of_two(n: int) -> int:
@@ -65,7 +81,7 @@ class Row:
     """
 
     rows: int
-    tile: FusedTile | CodesTile
+    tile: Tile
     bits: int | None = None
     out_features: int = 1 << 40
     least_in: int = 0
@@ -79,7 +95,10 @@ NARROW = 4095
 TABLE: dict[str, tuple[Row, ...]] = {
     # H100, 132 multiprocessors
     "sm90": (
-        # one launch
+        # one launch of byte dots
+        Row(4, DecodeTile(4, 1024, 4), out_features=NARROW),
+        Row(4, DecodeTile(8, 512, 4)),
+        # one launch on tensor cores
         Row(4, FusedTile(16, 512, 4, 4, 5), bits=2, out_features=NARROW),
         Row(4, FusedTile(16, 512, 8, 8, 4), bits=4, out_features=NARROW),
         Row(4, FusedTile(16, 1024, 8, 8, 4), bits=8, out_features=NARROW),
@@ -142,9 +161,15 @@ def _within(tile: FusedTile, rows: int, num_bits: int, itemsize: int, shared: in
     return _within(dataclasses.replace(tile, stages=stages, bb=bb), rows, num_bits, itemsize, shared)
 
 
-def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: int) -> FusedTile | CodesTile:
+def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: int) -> Tile:
     """The tile of a row of the table, its blocks and splits made for a layer."""
     tile, blocks = row.tile, -(-in_features // planes(num_bits))
+    if isinstance(tile, DecodeTile):
+        words = in_features * num_bits // 32
+        dividing = words & -words
+        # parts of a row that a power of two does not divide are masked, which costs less than many short steps
+        bw = min(tile.bw, dividing) if dividing >= tile.bw // 2 else min(tile.bw, power_of_two(words))
+        return dataclasses.replace(tile, bw=bw)
     least = 32 * tile.split if isinstance(tile, FusedTile) else 32
     dividing = blocks & -blocks
     bb = min(tile.bb, dividing) if dividing >= 2 * least else tile.bb
@@ -153,6 +178,18 @@ def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: 
     tiles = -(-out_features // tile.bn) * -(-rows // tile.bm)
     splits = max(1, min(8, row.programs // max(tiles, 1), blocks // (4 * bb)))
     return dataclasses.replace(tile, bb=bb, splits=splits)
+
+
+def decodable(rows: int, in_features: int, num_bits: int, group_size: int) -> bool:
+    """Whether `decode_linear` takes a layer: few rows, whole bytes, one scale per channel, rows of whole 16 bytes."""
+    channels = group_size in (0, in_features)
+    return (
+        0 < rows <= DECODE_ROWS
+        and 8 % num_bits == 0
+        and channels
+        and 0 < in_features <= MAX_SCALED_FEATURES
+        and in_features * num_bits % 128 == 0
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,7 +202,7 @@ def linear_tile(
     group_size: int,
     launches: int = 0,
     itemsize: int = 2,
-) -> FusedTile | CodesTile:
+) -> Tile:
     """The tile of an integer layer.
 
     Args:
@@ -175,7 +212,7 @@ def linear_tile(
         in_features: K.
         num_bits: the width.
         group_size: inputs in a group, 0 for one scale per channel.
-        launches: 1 for a `FusedTile` (up to 16 rows), 2 for a `CodesTile`, 0 for the better of the two.
+        launches: 1 for a `FusedTile` (up to 16 rows), 2 for a `CodesTile`, 0 for whatever is best.
         itemsize: bytes of an activation.
     """
     if 8 % num_bits:
@@ -183,9 +220,11 @@ def linear_tile(
     if 0 < group_size < in_features:
         bb = _group_blocks(num_bits, group_size)
         codes = CodesTile(128, 64, bb, 8, 8, 3)
-        tile: FusedTile | CodesTile = FusedTile(64, bb, 1, 4, 4) if launches != 2 and rows <= 16 else codes
+        tile: Tile = FusedTile(64, bb, 1, 4, 4) if launches != 2 and rows <= 16 else codes
     else:
+        decodes = launches == 0 and decodable(rows, in_features, num_bits, group_size)
         kind = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
+        kind = (DecodeTile, *kind) if decodes else kind
         found = next(
             row
             for row in TABLE.get(device, TABLE[OTHERS])
@@ -198,4 +237,6 @@ def linear_tile(
         tile = _fitted(found, rows, out_features, in_features, num_bits)
     if isinstance(tile, FusedTile):
         return _within(tile, rows, num_bits, itemsize, SHARED_BYTES.get(device, 90 << 10))
+    if isinstance(tile, DecodeTile):
+        return tile
     return tile if device in TABLE else dataclasses.replace(tile, stages=min(tile.stages, 3))

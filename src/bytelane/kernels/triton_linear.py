@@ -32,27 +32,15 @@ from bytelane.kernels.triton_codes import (
     finish,
     group_ratio,
     load_bytes,
+    load_channels,
     load_floats,
     load_output_scale,
     load_plane,
+    prefetch_rows,
     quantize_codes,
     rounded_to,
     split_planes,
 )
-
-
-@triton.jit
-def prefetch_rows(rows, BYTES: tl.constexpr):
-    """Start moving the first BYTES of each row (16-byte aligned, a multiple of 16) to the second-level cache; sm_90."""
-    count = tl.full(rows.shape, BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;",
-        "=r,l,r",
-        [rows.to(tl.int64), count],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -131,7 +119,8 @@ def fused_linear(
     column = channels[:, None]
     in_column = in_channels[:, None]
     s_out = load_output_scale(output_scale, column, in_column, OUTPUTS)
-    ratio, early, late = channel_terms(weight_scale, s_in, s_out, bias, column, in_column, OUTPUTS, BIAS, GROUPED)
+    scale, late = load_channels(weight_scale, bias, column, in_column, BIAS, GROUPED)
+    ratio, early, late = channel_terms(scale, late, s_in, s_out, OUTPUTS, BIAS, GROUPED)
     total = tl.full((BN, BM), -0.0, tl.float32)
     acc = tl.zeros((BN, BM), tl.int32)
     parts = tl.zeros((SPLIT, BN, BM), tl.int32)
@@ -234,7 +223,8 @@ def codes_linear(
     column = channels[:, None]
     in_column = in_channels[:, None]
     s_out = load_output_scale(output_scale, column, in_column, OUTPUTS)
-    ratio, early, late = channel_terms(weight_scale, s_in, s_out, bias, column, in_column, OUTPUTS, BIAS, GROUPED)
+    scale, late = load_channels(weight_scale, bias, column, in_column, BIAS, GROUPED)
+    ratio, early, late = channel_terms(scale, late, s_in, s_out, OUTPUTS, BIAS, GROUPED)
     total = tl.full((BN, BM), -0.0, tl.float32)
     acc = tl.zeros((BN, BM), tl.int32)
     row_blocks = group_blocks * groups
