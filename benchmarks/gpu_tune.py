@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,39 @@ import torch
 
 from bytelane.kernels import cuda
 from bytelane.kernels.triton_codes import planes
-from bytelane.kernels.triton_configs import CodesTile, FusedTile
+from bytelane.kernels.triton_configs import (
+    CodesTile,
+    DecodeTile,
+    FusedTile,
+    Tile,
+    decodable,
+    linear_tile,
+    power_of_two,
+)
 from bytelane.scheme import row_bytes
 from gpu_timing import copies_of, graph_seconds, random_rows
 
-Tile = FusedTile | CodesTile
+MAX_WORDS = 64
+"""The most words of the weight that a thread of `decode_linear` holds at a time: more would not fit its registers."""
+
+
+def decode_candidates(bits: int, rows: int, in_features: int) -> list[Tile]:
+    words = in_features * bits // 32
+    found: list[Tile] = []
+    for warps, bn, each in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (4, 8, 16)):
+        bw = each * 32 * warps
+        longest = max(128, power_of_two(words))
+        held = bn * each * (1 if rows < 3 else 2)
+        if bw <= longest and held <= MAX_WORDS and bn * bw >= 512 and (warps > 1 or words <= 512) and each < 16:
+            found.append(DecodeTile(bn, bw, warps))
+    return found
 
 
 def fused_candidates(out_features: int) -> list[Tile]:
     wide = [FusedTile(bn, bb, 1, 4, stages) for bn, bb, stages in itertools.product((64, 128), (128, 256), (3, 5))]
     split = [
         FusedTile(bn, bb, parts, parts, stages)
-        for bn, bb, parts, stages in itertools.product((16, 32), (256, 512), (4, 8), (3, 5))
+        for bn, bb, parts, stages in itertools.product((16, 32), (256, 512), (4, 8), (4,))
     ]
     tiles = split if out_features < 4096 else wide
     return [t for t in tiles if t.bn * t.bb * t.stages <= 160 << 10]
@@ -56,8 +78,15 @@ def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) 
 
 
 def candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    if decodable(rows, in_features, bits, 0):
+        return [*decode_candidates(bits, rows, in_features), fused_tile(bits, rows, out_features, in_features)]
     fused = fused_candidates(out_features) if rows <= cuda.FUSED_ROWS else []
     return fused + (codes_candidates(bits, rows, out_features, in_features) if rows > 4 else [])
+
+
+def fused_tile(bits: int, rows: int, out_features: int, in_features: int) -> Tile:
+    """What the table would take on tensor cores."""
+    return linear_tile("sm90", rows, out_features, in_features, bits, 0, 1)
 
 
 def call(tile: Tile, x: torch.Tensor, weight: torch.Tensor, scales: tuple[Any, ...], bits: int) -> torch.Tensor:
@@ -72,12 +101,23 @@ def sides(out_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def compile_one(job: tuple[Tile, int, int]) -> str | None:
+Job = tuple[Tile, int, int, int]
+
+
+def job_of(tile: Tile, bits: int, rows: int, in_features: int) -> Job:
+    """What decides a candidate's code: of the rows of activations the power of two, of K what the kernel unrolls."""
+    if isinstance(tile, CodesTile):
+        return tile, bits, tile.bm, 12288
+    k = in_features if isinstance(tile, DecodeTile) else 12288
+    return tile, bits, power_of_two(rows), k
+
+
+def compile_one(job: Job) -> str | None:
     """Compile a candidate on a small problem whose sizes are as divisible as the real ones."""
-    tile, bits, rows = job
-    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    tile, bits, rows, k = job
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
     try:
-        call(tile, x, random_rows(1, 512, row_bytes(4096, bits))[0], sides(512), bits)
+        call(tile, x, random_rows(1, 512, row_bytes(k, bits))[0], sides(512), bits)
     except Exception as error:  # noqa: BLE001  (a candidate that does not compile or fit is reported, not timed)
         return f"{tile}: {type(error).__name__} {str(error)[:100]}"
     return None
@@ -87,13 +127,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", default="2,4,8")
     parser.add_argument("--shapes", default="1536x12288,12288x1536,2560x10240,4096x14336")
-    parser.add_argument("--rows", default="1,16,64,256,4096")
+    parser.add_argument("--rows", default="1,4,16,64,256,1024,4096")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other problem after so long")
     args = parser.parse_args()
+    begun = time.monotonic()
     shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes.split(","))]
     problems = list(itertools.product(map(int, args.bits.split(",")), shapes, map(int, args.rows.split(","))))
-    jobs = {(tile, bits, m) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k)}
+    jobs = list(
+        dict.fromkeys(job_of(tile, bits, m, k) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k))
+    )
     context = multiprocessing.get_context("spawn")
     failed = set()
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
@@ -104,11 +148,14 @@ def main() -> None:
     print(f"{len(jobs)} candidates compiled, {len(failed)} failed", flush=True)
     results = []
     for bits, (k, n), m in problems:
+        if time.monotonic() - begun > args.seconds:
+            print("no time left", flush=True)
+            break
         weights = random_rows(copies_of(n * row_bytes(k, bits)), n, row_bytes(k, bits))
         scales, x = sides(n), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         timed = []
         for tile in candidates(bits, m, n, k):
-            if (tile, bits, m) in failed:
+            if job_of(tile, bits, m, k) in failed:
                 continue
             calls = [functools.partial(call, tile, x, w, scales, bits) for w in weights]
             timed.append((graph_seconds(calls, at_least=1, replays=3), tile))

@@ -85,7 +85,7 @@ def load_step(at, x, first, rows, row_words, in_features, BM: tl.constexpr, BW: 
     floats = ()
     for m in tl.static_range(BM):
         end = tl.where(m < rows, in_features, 0)
-        floats = floats + (tl.load(x + m * in_features + k, mask=k < end, other=0.0),)
+        floats = floats + (tl.load(x + m * in_features + k, mask=k < end, other=0.0),)  # noqa: RUF005
     return packed, floats
 
 
@@ -108,7 +108,7 @@ def add_step(
         acc = 0
         for p in tl.static_range(PLANES):
             acc = dot_bytes(plane_of_words(packed, p, BITS), q[p][None, :], acc)
-        added = added + (sums[m] + tl.sum(tl.reshape(acc, (BN, BW // 4, 4)), 2),)
+        added = added + (sums[m] + tl.sum(tl.reshape(acc, (BN, BW // 4, 4)), 2),)  # noqa: RUF005
     return added
 
 
@@ -161,7 +161,7 @@ def decode_linear(
     inverse = tl.math.div_rn(1.0, s_in)
     sums = ()
     for _ in tl.static_range(BM):
-        sums = sums + (tl.zeros((BN, BW // 4), tl.int32),)
+        sums = sums + (tl.zeros((BN, BW // 4), tl.int32),)  # noqa: RUF005  (Triton has no starred tuples)
     for step in range(1, STEPS):
         next_packed, next_floats = load_step(at, x, step * BW, rows, row_words, in_features, BM, BW, PLANES)
         sums = add_step(sums, packed, floats, inverse, BM, BN, BW, BITS, PLANES)
