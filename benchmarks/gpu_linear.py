@@ -6,7 +6,8 @@ Every time is the median of graph replays; a graph runs the layer over enough co
 in the second-level cache. Limits are measured in the same run: a large copy's bandwidth, and torch's own int8 matmul.
 `% of limit` is the slower of the weight's bytes over the bandwidth (and x and y once) and the operations over the rate,
 over the time. The kernels of a shape are compiled side by side
-first; humming's take minutes. Results go to `benchmarks/results/gpu_linear.json`, from which
+first; humming's take minutes. An empty kernel's time in such a graph, plain and overlapping the one before as
+bytelane's do, is the least any launch costs. Results go to `benchmarks/results/gpu_linear.json`, from which
 `benchmarks/gpu_table.py` makes the README's table; the last line of stdout is a summary in JSON.
 """
 
@@ -31,7 +32,7 @@ import bytelane
 import gpu_peers
 from bytelane.dispatch import select
 from bytelane.scheme import row_bytes
-from gpu_timing import copies_of, copy_bandwidth, graph_seconds, int8_rate, random_rows
+from gpu_timing import copies_of, copy_bandwidth, graph_seconds, int8_rate, launch_seconds, random_rows
 
 SHAPES = "1536x12288,12288x1536,2560x10240,4096x14336"
 ROWS = "1,4,16,64,256,1024,4096"
@@ -51,14 +52,21 @@ def our_calls(x: torch.Tensor, out_features: int, bits: int, *, few: bool = Fals
     return [lambda w=w: kernel.run(x, w, scale, s_in, s_out, None, bits, 0) for w in weights]
 
 
+def gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+
+
 def environment() -> dict[str, Any]:
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     packages = ("torch", "triton", "transformers", "humming-kernels")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "cuda": torch.version.cuda,
+        **(gpu() if torch.cuda.is_available() else {"device": "none"}),
         "versions": {"bytelane": bytelane.__version__, **{p: installed[p] for p in packages if p in installed}},
     }
 
@@ -130,9 +138,9 @@ def main() -> None:
     rows, widths = [int(m) for m in args.rows.split(",")], [int(b) for b in args.bits.split(",")]
     peers = not args.no_peers
     torch.manual_seed(0)
-    limits = {"copy_bytes_per_second": copy_bandwidth(), "int8_operations_per_second": int8_rate()}
+    limits = {"copy_bytes_per_second": copy_bandwidth(), "int8_operations_per_second": int8_rate(), **launch_seconds()}
     table = Table("in x out", "bits", "M", "us", "GB/s", "TOP/s", "% of limit", *PEERS)
-    table.title = " ".join(f"{name} {value / 1e12:.2f}e12" for name, value in limits.items())
+    table.title = ", ".join(f"{name} {value:.3g}" for name, value in limits.items())
     results: list[dict[str, Any]] = []
     args.json.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")

@@ -6,7 +6,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from bytelane.kernels.triton_launch import Launch
 
 COLD_BYTES = 256 << 20
 """Copies of a weight together: five times the 50 MB second-level cache of an H100."""
@@ -57,6 +61,25 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     calls = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
     return max(2 * source.nbytes / graph_seconds([call], at_least=5) for call in calls)
+
+
+@triton.jit
+def nothing(x, PDL: triton.language.constexpr):
+    """A kernel that only is one."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def launch_seconds() -> dict[str, float]:
+    """Seconds of an empty kernel in a graph of them, and of one that may begin while the one before still runs."""
+    x = torch.zeros(16, device="cuda")
+    overlaps = torch.cuda.get_device_capability() >= (9, 0)
+    plain, overlapping = (Launch(nothing, (1, 1), (), {"PDL": pdl}, overlaps=pdl) for pdl in (False, overlaps))
+    return {
+        "launch_seconds": graph_seconds([lambda: plain(x)], at_least=200),
+        "overlapping_launch_seconds": graph_seconds([lambda: overlapping(x)], at_least=200),
+    }
 
 
 def int8_rate() -> float:
