@@ -144,12 +144,13 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> list[dict
     return found
 
 
-def in_a_process(name: str, folder: Path, options: list[str]) -> list[dict[str, Any]]:
+def in_a_process(name: str, folder: Path, options: list[str], timeout: float) -> list[dict[str, Any]]:
     """`measure` in a process of its own; nothing where the candidate fails, which is said."""
     command = [sys.executable, __file__, str(folder), "--worker", name, *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        print(f"{name} failed on {folder}", flush=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"{name} failed on {folder}: {error}", flush=True)
         return []
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(CANDIDATES), help="candidates, with commas")
     parser.add_argument("--compile", action="store_true", help="compiled steps too")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a candidate")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--worker", choices=sorted(CANDIDATES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -182,7 +184,7 @@ def main() -> None:
         for name in arguments.only.split(","):
             if name == "transformers" and not gemma:
                 continue  # its quantizer reads Gemma's storage alone
-            for r in in_a_process(name, folder, options):
+            for r in in_a_process(name, folder, options, arguments.timeout):
                 results.append({"model": folder.name, **r})
                 sizes = (f"{r['weight_bytes'] / 1e9:.2f}", f"{r['peak_bytes'] / 1e9:.2f}")
                 table.add_row(folder.name, r["candidate"], r["mode"], f"{r['tokens_per_second']:.1f}", *sizes)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from bytelane.kernels import triton_configs as configs
 from bytelane.kernels.triton_launch import Launch
 
 COLD_BYTES = 256 << 20
@@ -96,3 +99,14 @@ def random_rows(copies: int, out_features: int, row_bytes: int) -> list[Tensor]:
     """Random canonical rows, several times."""
     pool = torch.randint(0, 256, (copies, out_features, row_bytes), dtype=torch.uint8, device="cuda")
     return list(pool.unbind(0))
+
+
+def tile_record(tile: configs.Tile) -> dict[str, Any]:
+    """A tile for JSON."""
+    return {"kind": type(tile).__name__, **dataclasses.asdict(tile)}
+
+
+def recorded_tile(record: dict[str, Any]) -> configs.Tile:
+    """The tile of a record."""
+    kinds = {kind.__name__: kind for kind in (configs.DecodeTile, configs.FusedTile, configs.CodesTile)}
+    return kinds[record["kind"]](**{name: value for name, value in record.items() if name != "kind"})

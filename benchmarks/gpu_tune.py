@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from bytelane.kernels import cuda
 from bytelane.kernels.triton_codes import planes
@@ -33,20 +34,17 @@ from bytelane.kernels.triton_configs import (
     power_of_two,
 )
 from bytelane.scheme import row_bytes
-from gpu_timing import copies_of, graph_seconds, random_rows
-
-MAX_WORDS = 64
-"""The most words of the weight that a thread of `decode_linear` holds at a time: more would not fit its registers."""
+from gpu_timing import copies_of, graph_seconds, random_rows, tile_record
 
 
-def decode_candidates(bits: int, rows: int, in_features: int) -> list[Tile]:
+def decode_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    """Warps that share a step of K among some of them, with so many rows of the weight in each."""
     words = in_features * bits // 32
     found: list[Tile] = []
-    for warps, bn, each in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (4, 8, 16)):
-        bw = each * 32 * warps
-        longest = max(128, power_of_two(words))
-        held = bn * each * (1 if rows < 3 else 2)
-        if bw <= longest and held <= MAX_WORDS and bn * bw >= 512 and (warps > 1 or words <= 512) and each < 16:
+    for (warps, across), each in itertools.product(((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 8)), (4, 8)):
+        bn, bw = each * warps // across, 128 * across
+        fits = bw <= max(128, power_of_two(words)) and 132 <= out_features // bn <= 1100
+        if fits and (rows == 1 or (warps == 4 and each == 4)):
             found.append(DecodeTile(bn, bw, warps))
     return found
 
@@ -64,7 +62,8 @@ def fused_candidates(out_features: int) -> list[Tile]:
 def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
     small = [(64, max(16, min(64, rows)))] if rows <= 64 else [(64, 64), (128, 64), (128, 128)]
     shapes = small if rows <= 256 else [(128, 128), (128, 64), (256, 64)]
-    shared_k = [s for s in (1, 2, 3, 4, 5, 6, 8) if s == 1 or (rows <= 256 and in_features // s >= 1024)]
+    sharing = (1, 2, 3, 4, 5, 6, 8) if rows <= 64 else (1, 2, 3)
+    shared_k = [s for s in sharing if s == 1 or (rows <= 256 and in_features // s >= 1024)]
     found: list[Tile] = []
     for (bn, bm), bb, warps, stages, splits in itertools.product(
         shapes, (64, 128), (4, 8), (3, 4) if rows > 16 else (4,), shared_k
@@ -79,8 +78,12 @@ def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) 
 
 def candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
     if decodable(rows, in_features, bits, 0):
-        return [*decode_candidates(bits, rows, in_features), fused_tile(bits, rows, out_features, in_features)]
-    fused = fused_candidates(out_features) if rows <= cuda.FUSED_ROWS else []
+        return [
+            *decode_candidates(bits, rows, out_features, in_features),
+            fused_tile(bits, rows, out_features, in_features),
+        ]
+    fused = fused_candidates(out_features) if rows <= 4 else []
+    fused += [fused_tile(bits, rows, out_features, in_features)] if 4 < rows <= cuda.FUSED_ROWS else []
     return fused + (codes_candidates(bits, rows, out_features, in_features) if rows > 4 else [])
 
 
@@ -101,23 +104,22 @@ def sides(out_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-Job = tuple[Tile, int, int, int]
+Job = tuple[Tile, int, int, int, int]
 
 
-def job_of(tile: Tile, bits: int, rows: int, in_features: int) -> Job:
-    """What decides a candidate's code: of the rows of activations the power of two, of K what the kernel unrolls."""
+def job_of(tile: Tile, bits: int, rows: int, in_features: int, out_features: int) -> Job:
+    """What decides the code: `(tile, bits, rows, K, N)`, of which tiles of many rows care for the first two."""
     if isinstance(tile, CodesTile):
-        return tile, bits, tile.bm, 12288
-    k = in_features if isinstance(tile, DecodeTile) else 12288
-    return tile, bits, power_of_two(rows), k
+        return tile, bits, tile.bm, 12288, 512
+    return tile, bits, power_of_two(rows), in_features, out_features
 
 
 def compile_one(job: Job) -> str | None:
-    """Compile a candidate on a small problem whose sizes are as divisible as the real ones."""
-    tile, bits, rows, k = job
+    """Compile a candidate, by running it once."""
+    tile, bits, rows, k, n = job
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
     try:
-        call(tile, x, random_rows(1, 512, row_bytes(k, bits))[0], sides(512), bits)
+        call(tile, x, random_rows(1, n, row_bytes(k, bits))[0], sides(n), bits)
     except Exception as error:  # noqa: BLE001  (a candidate that does not compile or fit is reported, not timed)
         return f"{tile}: {type(error).__name__} {str(error)[:100]}"
     return None
@@ -128,24 +130,32 @@ def main() -> None:
     parser.add_argument("--bits", default="2,4,8")
     parser.add_argument("--shapes", default="1536x12288,12288x1536,2560x10240,4096x14336")
     parser.add_argument("--rows", default="1,4,16,64,256,1024,4096")
+    parser.add_argument("--problems", help="BITS:ROWS, with commas, instead of all pairs of --bits and --rows")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile; 0: it is done already")
+    parser.add_argument("--only-compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other problem after so long")
     args = parser.parse_args()
     begun = time.monotonic()
     shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes.split(","))]
-    problems = list(itertools.product(map(int, args.bits.split(",")), shapes, map(int, args.rows.split(","))))
+    pairs = list(itertools.product(args.bits.split(","), args.rows.split(",")))
+    if args.problems:
+        pairs = [tuple(pair.split(":")) for pair in args.problems.split(",")]
+    problems = [(int(bits), shape, int(m)) for bits, m in pairs for shape in shapes]
     jobs = list(
-        dict.fromkeys(job_of(tile, bits, m, k) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k))
+        dict.fromkeys(job_of(tile, bits, m, k, n) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k))
     )
-    context = multiprocessing.get_context("spawn")
     failed = set()
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        for job, error in zip(jobs, pool.map(compile_one, jobs, chunksize=4), strict=True):
-            if error:
-                failed.add(job)
-                print(error, file=sys.stderr)
-    print(f"{len(jobs)} candidates compiled, {len(failed)} failed", flush=True)
+    if args.workers:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+            for job, error in zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True):
+                if error:
+                    failed.add(job)
+                    print(error, file=sys.stderr)
+        print(f"{len(jobs)} candidates compiled, {len(failed)} failed", flush=True)
+    if args.only_compile:
+        return
     results = []
     for bits, (k, n), m in problems:
         if time.monotonic() - begun > args.seconds:
@@ -155,12 +165,15 @@ def main() -> None:
         scales, x = sides(n), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         timed = []
         for tile in candidates(bits, m, n, k):
-            if job_of(tile, bits, m, k) in failed:
+            if job_of(tile, bits, m, k, n) in failed:
                 continue
             calls = [functools.partial(call, tile, x, w, scales, bits) for w in weights]
-            timed.append((graph_seconds(calls, at_least=1, replays=3), tile))
+            try:
+                timed.append((graph_seconds(calls, at_least=1, replays=5), tile))
+            except triton.OutOfResources:
+                print(f"{tile} does not fit", file=sys.stderr)
         timed.sort(key=lambda pair: pair[0])
-        results.append({"bits": bits, "in": k, "out": n, "rows": m, "best": [(s, str(t)) for s, t in timed[:12]]})
+        results.append({"bits": bits, "in": k, "out": n, "rows": m, "best": [(s, tile_record(t)) for s, t in timed]})
         rate = 2 * m * n * k / timed[0][0] / 1e12
         speed = n * row_bytes(k, bits) / timed[0][0] / 1e9
         print(f"{bits} bits {k}x{n} M={m}: {speed:.0f} GB/s {rate:.0f} TOP/s", flush=True)
