@@ -49,14 +49,12 @@ def decode_candidates(bits: int, rows: int, out_features: int, in_features: int)
     return found
 
 
-def fused_candidates(out_features: int) -> list[Tile]:
-    wide = [FusedTile(bn, bb, 1, 4, stages) for bn, bb, stages in itertools.product((64, 128), (128, 256), (3, 5))]
-    split = [
-        FusedTile(bn, bb, parts, parts, stages)
-        for bn, bb, parts, stages in itertools.product((16, 32), (256, 512), (4, 8), (4,))
-    ]
-    tiles = split if out_features < 4096 else wide
-    return [t for t in tiles if t.bn * t.bb * t.stages <= 160 << 10]
+def fused_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    """What the table takes on tensor cores, and its like with other steps, stages and warps."""
+    table = linear_tile("sm90", rows, out_features, in_features, bits, 0, 1)
+    wide = [FusedTile(64, 128, 1, 4, 5), FusedTile(64, 256, 1, 4, 3), FusedTile(64, 128, 1, 4, 3)]
+    split = [FusedTile(16, 512, 4, 4, 4), FusedTile(16, 1024, 8, 8, 4), FusedTile(32, 512, 8, 8, 3)]
+    return list(dict.fromkeys([table, *(split if out_features < 4096 else wide)]))
 
 
 def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
@@ -77,19 +75,10 @@ def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) 
 
 
 def candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    fused = fused_candidates(bits, rows, out_features, in_features) if rows <= cuda.FUSED_ROWS else []
     if decodable(rows, in_features, bits, 0):
-        return [
-            *decode_candidates(bits, rows, out_features, in_features),
-            fused_tile(bits, rows, out_features, in_features),
-        ]
-    fused = fused_candidates(out_features) if rows <= 4 else []
-    fused += [fused_tile(bits, rows, out_features, in_features)] if 4 < rows <= cuda.FUSED_ROWS else []
+        return [*decode_candidates(bits, rows, out_features, in_features), *fused]
     return fused + (codes_candidates(bits, rows, out_features, in_features) if rows > 4 else [])
-
-
-def fused_tile(bits: int, rows: int, out_features: int, in_features: int) -> Tile:
-    """What the table would take on tensor cores."""
-    return linear_tile("sm90", rows, out_features, in_features, bits, 0, 1)
 
 
 def call(tile: Tile, x: torch.Tensor, weight: torch.Tensor, scales: tuple[Any, ...], bits: int) -> torch.Tensor:

@@ -86,11 +86,13 @@ def _check_output_scale(scale: Tensor | None, n: int) -> None:
         require(scale, torch.float32, n if scale.dim() == 1 and scale.numel() == n else 1, "output_scale")
 
 
-def _prefetch(form: Layout, overlapping: bool, aligned: bool) -> int:
-    """Bytes of each row of the weight to ask for before the kernel before is done."""
-    if not overlapping or not aligned or form.row_bytes % ALIGNED:
-        return 0
-    return min(form.row_bytes, PREFETCH_BYTES // form.out_features) // ALIGNED * ALIGNED
+def _prefetch(form: Layout, overlapping: bool, aligned: bool, bn: int, warps: int) -> dict[str, int]:
+    """What of each row of the weight to ask for before the kernel before is done: pieces, and the bytes of one."""
+    wanted = min(form.row_bytes, PREFETCH_BYTES // form.out_features) // ALIGNED
+    if not overlapping or not aligned or form.row_bytes % ALIGNED or not wanted:
+        return {"PREFETCH": 0, "PIECES": 1}
+    pieces = min(max(32 * warps // bn, 1), power_of_two(wanted + 1) // 2)
+    return {"PREFETCH": wanted // pieces * ALIGNED, "PIECES": pieces}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,7 +109,7 @@ def _decode_launch(form: Layout, m: int, tile: DecodeTile, outputs: int, has_bia
         "BM": power_of_two(m),
         "BW": tile.bw,
         "PDL": overlapping,
-        "PREFETCH": _prefetch(form, overlapping, True),
+        **_prefetch(form, overlapping, True, tile.bn, tile.warps),
     }
     numbers = (m, n, k, row_bytes // 4)
     grid = (triton.cdiv(n, tile.bn), 1)
@@ -132,7 +134,7 @@ def _fused_launch(
         "BB": tile.bb,
         "SPLIT": tile.split,
         "PDL": overlapping,
-        "PREFETCH": _prefetch(form, overlapping, aligned),
+        **_prefetch(form, overlapping, aligned, tile.bn, tile.warps),
     }
     numbers = (m, n, k, row_bytes, groups, group_blocks)
     return Launch(fused_linear, (triton.cdiv(n, tile.bn), 1), numbers, constants, tile.warps, tile.stages, overlapping)

@@ -136,6 +136,7 @@ def decode_linear(
     BW: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """`x` `[M, K]` floats to `y` `[M, N]`, M <= BM; a program takes BN channels and all rows, BW words at a time.
 
@@ -149,7 +150,7 @@ def decode_linear(
     if PDL:
         # as in `fused_linear`: only the weights may be asked for before the kernel before is done
         if PREFETCH > 0:
-            prefetch_rows(weight + tl.minimum(channels, last).to(tl.int64) * (row_words * 4), PREFETCH)
+            prefetch_rows(weight + tl.minimum(channels, last).to(tl.int64) * (row_words * 4), PREFETCH, PIECES)
         gdc_wait()
         gdc_launch_dependents()
     s_in = tl.load(input_scale)

@@ -71,6 +71,7 @@ def fused_linear(
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """One launch: `x` `[M, K]` floats to `y` `[M, N]`, M <= BM.
 
@@ -100,7 +101,8 @@ def fused_linear(
         BB: blocks of a tile.
         SPLIT: parts of a tile that different warps multiply.
         PDL: launched while the kernel before it may still run (programmatic dependent launch, sm_90).
-        PREFETCH: bytes of each row of the weight to ask for before waiting for that kernel; 0 for none.
+        PREFETCH: bytes of each piece of a row of the weight to ask for before waiting for that kernel; 0 for none.
+        PIECES: pieces of each row to ask for, one by each thread.
     """
     channels = tl.program_id(0) * BN + tl.arange(0, BN)
     in_channels = channels < out_features
@@ -111,7 +113,7 @@ def fused_linear(
         # nobody's: they start on their way to the second-level cache before the wait.
         if PREFETCH > 0:
             rows_at = weight + tl.minimum(channels, out_features - 1).to(tl.int64) * row_bytes
-            prefetch_rows(rows_at, PREFETCH)
+            prefetch_rows(rows_at, PREFETCH, PIECES)
         gdc_wait()
         gdc_launch_dependents()
     s_in = tl.load(input_scale)
