@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import datetime
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -185,7 +186,7 @@ def main() -> None:
                 print(f"no time left for {k}x{n} and what comes after it", flush=True)
                 break
             # compiled side by side first, and timed with nothing else running
-            problems = [(m, bits) for m in rows for bits in widths]
+            problems = [(m, bits) for bits, m in itertools.product(widths, rows)]
             tiles = {(m, bits): tile_of(best, k, n, m, bits) for m, bits in problems}
             jobs = [(k, n, m, bits, peers and gpu_peers.available(), tiles[m, bits]) for m, bits in problems]
             asked = pool.map(warm, jobs) if args.workers else map(warm, jobs)
@@ -194,15 +195,17 @@ def main() -> None:
                 print(f"humming: {failure}", flush=True)
             if args.only_compile:
                 continue
-            for m in rows:
+            bf16: dict[int, float] = {}
+            for bits, m in itertools.product(widths, rows):  # a peer's layer serves all rows of a width
                 x = torch.randn(m, k, device="cuda").bfloat16()
-                bf16 = graph_seconds(gpu_peers.bf16_calls(x, n)) if peers else None
-                for bits in widths:
-                    humming = peers and gpu_peers.available() and failures[m, bits] is None
-                    results.append(measure(k, n, m, bits, limits, bf16, humming, tiles[m, bits]))
-                    table.add_row(*table_row(results[-1]))
-                    torch.cuda.empty_cache()
-            args.json.write_text(json.dumps({**environment(), "limits": limits, "results": results}, indent=1) + "\n")
+                if peers and m not in bf16:
+                    bf16[m] = graph_seconds(gpu_peers.bf16_calls(x, n))
+                humming = peers and gpu_peers.available() and failures[m, bits] is None
+                results.append(measure(k, n, m, bits, limits, bf16.get(m), humming, tiles[m, bits]))
+                table.add_row(*table_row(results[-1]))
+                torch.cuda.empty_cache()
+                found = {**environment(), "limits": limits, "results": results}
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.only_compile:
         return
     Console(width=120).print(table)

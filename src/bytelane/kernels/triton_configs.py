@@ -1,8 +1,8 @@
 """Tile shapes of the Triton kernels: one readable table by device class, and a rule for everything else.
 
-A configuration never changes a bit of an integer layer, only its time. The rows for 2 and 4 bits follow a sweep of
-`benchmarks/gpu_tune.py` on the device they name; those for 8 bits and for 1024 rows are carried over from their
-neighbours, and timed (benchmarks/results/gpu_linear_h100.json) but not tuned. Other devices take the same rows with
+A configuration never changes a bit of an integer layer, only its time. The rows follow sweeps of
+`benchmarks/gpu_tune.py` on the device they name (benchmarks/results/gpu_tune_h100.json is one), but for 8 bits at 5 to
+256 rows and 4 bits at 1024, which are carried over from their neighbours. Other devices take the same rows with
 at most three stages, which fit their smaller shared memory. Configurations are few on purpose: each is one
 compilation of a second or two, kept in Triton's cache on disk.
 """
@@ -95,26 +95,37 @@ NARROW = 4095
 TABLE: dict[str, tuple[Row, ...]] = {
     # H100, 132 multiprocessors
     "sm90": (
-        # one launch of byte dots
-        Row(4, DecodeTile(4, 1024, 4), out_features=NARROW),
-        Row(4, DecodeTile(8, 512, 4)),
+        # one row: byte dots, but where 2 bits leave few bytes to read
+        Row(1, FusedTile(16, 1024, 8, 8, 4), bits=2, out_features=NARROW, least_in=4096),
+        Row(1, DecodeTile(4, 1024, 8), bits=4, out_features=NARROW),
+        Row(1, DecodeTile(4, 1024, 8), bits=8, out_features=NARROW),
+        Row(1, DecodeTile(32, 128, 4), bits=2, least_in=4096),
+        Row(1, DecodeTile(32, 128, 4), bits=4, least_in=4096),
+        Row(1, DecodeTile(16, 128, 4), bits=8, least_in=4096),
+        Row(1, DecodeTile(32, 128, 8), bits=4, least_in=2560),
+        Row(1, DecodeTile(16, 256, 8), bits=8, least_in=2560),
+        Row(1, DecodeTile(16, 256, 4), bits=4),
+        Row(1, DecodeTile(32, 128, 8), bits=8),
         # one launch on tensor cores
+        Row(4, FusedTile(16, 1024, 8, 8, 4), out_features=NARROW, least_in=4096),
         Row(4, FusedTile(16, 512, 4, 4, 5), bits=2, out_features=NARROW),
         Row(4, FusedTile(16, 512, 8, 8, 4), bits=4, out_features=NARROW),
         Row(4, FusedTile(16, 1024, 8, 8, 4), bits=8, out_features=NARROW),
-        Row(2, FusedTile(64, 128, 1, 4, 5), bits=2, least_in=4096),
+        Row(2, FusedTile(64, 128, 1, 4, 5), bits=2, least_in=2560),
         Row(2, FusedTile(64, 128, 1, 4, 3), bits=2),
-        Row(2, FusedTile(64, 256, 1, 4, 3)),
         Row(4, FusedTile(128, 128, 1, 4, 5), bits=2, least_in=4096),
+        Row(4, FusedTile(128, 128, 1, 4, 3), bits=2),
+        Row(4, FusedTile(64, 128, 1, 4, 5)),
         # two: quantizing long rows in every program costs more than a launch
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
+        Row(16, CodesTile(64, 16, 128, 8, 4, 4), bits=2, least_in=2560),
         Row(16, FusedTile(16, 256, 4, 4, 4), out_features=NARROW),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2),
         Row(16, FusedTile(128, 128, 1, 4, 5)),
         Row(32, CodesTile(64, 32, 128, 8, 4, 4), programs=132),
         Row(64, CodesTile(64, 64, 128, 8, 4, 3), bits=2, programs=132),
         Row(64, CodesTile(64, 64, 128, 8, 4, 4), programs=132),
-        Row(256, CodesTile(64, 64, 64, 8, 4, 4), bits=2, out_features=NARROW, programs=264),
+        Row(256, CodesTile(64, 64, 128, 8, 4, 3), bits=2, out_features=NARROW, programs=264),
         Row(256, CodesTile(64, 64, 128, 8, 4, 4), out_features=NARROW, programs=264),
         Row(256, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=12288),
         Row(256, CodesTile(128, 64, 64, 8, 4, 3), bits=4, out_features=12288),
@@ -123,10 +134,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(256, CodesTile(128, 128, 64, 8, 8, 4), bits=4),
         Row(ANY, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=NARROW),
         Row(ANY, CodesTile(128, 64, 128, 8, 8, 3), bits=4, out_features=NARROW),
-        Row(ANY, CodesTile(128, 64, 128, 8, 4, 3), bits=8, out_features=NARROW),
-        Row(ANY, CodesTile(256, 64, 64, 8, 8, 3), bits=2),
+        Row(1024, CodesTile(128, 64, 128, 8, 4, 4), bits=8, out_features=NARROW),
+        Row(ANY, CodesTile(128, 128, 128, 8, 8, 4), bits=8, out_features=NARROW),
+        Row(ANY, CodesTile(256, 64, 64, 8, 8, 3), bits=2, least_in=4096),
+        Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=2),
         Row(ANY, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
-        Row(ANY, CodesTile(128, 128, 128, 8, 4, 3)),
+        Row(ANY, CodesTile(128, 128, 128, 8, 8, 3)),
     ),
 }
 
@@ -166,10 +179,9 @@ def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: 
     tile, blocks = row.tile, -(-in_features // planes(num_bits))
     if isinstance(tile, DecodeTile):
         words = in_features * num_bits // 32
-        dividing = words & -words
-        # parts of a row that a power of two does not divide are masked, which costs less than many short steps
-        bw = min(tile.bw, dividing) if dividing >= tile.bw // 2 else min(tile.bw, power_of_two(words))
-        return dataclasses.replace(tile, bw=bw)
+        # a short row takes fewer warps, so that every thread still loads 16 bytes of it
+        bw = max(min(tile.bw, power_of_two(words)), 128)
+        return dataclasses.replace(tile, bw=bw, warps=max(tile.warps * bw // tile.bw, 1))
     least = 32 * tile.split if isinstance(tile, FusedTile) else 32
     dividing = blocks & -blocks
     bb = min(tile.bb, dividing) if dividing >= 2 * least else tile.bb
