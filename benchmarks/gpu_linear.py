@@ -71,7 +71,7 @@ Best = dict[tuple[int, int, int, int], Tile]
 
 def best_tiles(files: list[Path]) -> Best:
     """The fastest tile of each (K, N, M, bits) in files of `gpu_tune.py`."""
-    found = [r for file in files for r in json.loads(file.read_text())]
+    found = [r for file in files for r in json.loads(file.read_text())["results"]]
     return {(r["in"], r["out"], r["rows"], r["bits"]): recorded_tile(r["best"][0][1]) for r in found}
 
 

@@ -4,7 +4,8 @@
     python benchmarks/gpu_table.py --write     # put them into the README, between their markers
 
 They come from `benchmarks/results/`: `gpu_linear_h100.json` (`gpu_linear.py --no-peers`: each shape's and width's
-microseconds, and the percent of the limit measured in the same run), `gpu_peers_h100.json` (the same beside peers: how
+microseconds, and the percent of the limit measured in the same run), `gpu_tune_h100.json` (`gpu_tune.py`, where it has
+the tile that ships: its time instead), `gpu_peers_h100.json` (the same beside peers: how
 many times as long each took) and `gpu_generate_h100.json` (`gpu_generate.py`: tokens a second of whole models).
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bytelane.cli.output import size, write_text
+from bytelane.kernels.triton_configs import linear_tile
+from gpu_timing import recorded_tile
 from readme import README, replace
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,8 +47,32 @@ def alone(measured: dict[str, Any], rows: set[int]) -> str:
     made = []
     for k, n, m in sorted({key[:3] for key in cells if key[2] in rows}):
         found = (cells.get((k, n, m, bits)) for bits in widths)
-        made.append([f"{k} x {n}", str(m), *("" if r is None else f"{microseconds(r)}, {percent(r)} %" for r in found)])
+        made.append(
+            [
+                f"{k} x {n}",
+                str(m),
+                *(
+                    "" if r is None else f"{microseconds(r)}{'*' if 'tuned' in r else ''}, {percent(r)} %"
+                    for r in found
+                ),
+            ]
+        )
     return lines(["in x out", "M", *(f"{bits} bits: us, of the limit" for bits in widths)], made)
+
+
+def tuned(measured: dict[str, Any], sweep: dict[str, Any]) -> dict[str, Any]:
+    """A run with the times of the tiles that ship, where a later sweep has them: those rows say `tuned`."""
+    times = {
+        (r["in"], r["out"], r["rows"], r["bits"]): {recorded_tile(tile): seconds for seconds, tile in r["best"]}
+        for r in sweep["results"]
+    }
+    rows = []
+    for r in measured["results"]:
+        key = (r["in"], r["out"], r["m"], r["bits"])
+        tile = linear_tile("sm90", r["m"], r["out"], r["in"], r["bits"], 0)
+        seconds = times.get(key, {}).get(tile)
+        rows.append(r if seconds is None else {**r, "seconds": {"bytelane": seconds}, "tuned": True})
+    return {**measured, "results": rows}
 
 
 def beside_peers(measured: dict[str, Any], rows: set[int]) -> str:
@@ -99,18 +126,23 @@ def limits_text(measured: dict[str, Any]) -> str:
     return text
 
 
-def figures(linear: dict[str, Any], peers: dict[str, Any], generate: dict[str, Any] | None) -> str:
+def figures(
+    linear: dict[str, Any], sweep: dict[str, Any], peers: dict[str, Any], generate: dict[str, Any] | None
+) -> str:
     """The README's text between the markers."""
     peer_rows = {r["m"] for r in peers["results"]}
     parts = [
-        f"Measured on {limits_text(linear)}:",
+        f"Measured on {limits_text(linear)}. A star marks a tile that was chosen by a later sweep, and its time there",
+        f"({sweep['date']}, the same card; its graphs are short, which costs small layers some 0.3 us):",
         "",
-        alone(linear, ROWS),
+        alone(tuned(linear, sweep), ROWS),
         "",
         "Beside what else runs such a layer, in one run with each other (`python benchmarks/gpu_linear.py`):",
-        "emulation as vLLM does it (humming's weight-only matmul between compiled fake quantization), humming's integer",
-        "matmul and a compiled output step, and torch in bfloat16. The last columns are their times over bytelane's; over all",
-        f"rows, the geometric mean (and the least): {against_peers(peers)}. {limits_text(peers)}:",
+        "emulation as vLLM does it (humming's weight-only matmul between compiled fake quantization), humming's",
+        "integer matmul and a compiled output step, and torch in bfloat16. The last columns are their times over ours;",
+        "over all rows, the geometric mean (and the least) is",
+        f"{against_peers(peers)}.",
+        f"{limits_text(peers)}:",
         "",
         beside_peers(peers, peer_rows),
     ]
@@ -135,7 +167,7 @@ def load(name: str) -> dict[str, Any]:
 def whole() -> str:
     """`figures` of the results that are there."""
     generated = load("generate") if (RESULTS / "gpu_generate_h100.json").exists() else None
-    return figures(load("linear"), load("peers"), generated)
+    return figures(load("linear"), load("tune"), load("peers"), generated)
 
 
 def main() -> None:

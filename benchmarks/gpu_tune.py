@@ -34,6 +34,7 @@ from bytelane.kernels.triton_configs import (
     power_of_two,
 )
 from bytelane.scheme import row_bytes
+from gpu_linear import environment
 from gpu_timing import copies_of, graph_seconds, random_rows, tile_record
 
 
@@ -169,7 +170,8 @@ def main() -> None:
         for seconds, tile in timed[:3]:
             print(f"    {seconds * 1e6:8.2f} us  {tile}", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1))
+            lines = ",\n".join(json.dumps(r) for r in results)
+            args.json.write_text(json.dumps(environment())[:-1] + f', "results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

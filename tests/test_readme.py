@@ -106,6 +106,27 @@ def test_the_readme_says_what_the_gpu_results_say(gpu_table: Any) -> None:
     assert gpu_table.replace(text, gpu_table.NAME, gpu_table.whole(), gpu_table.SCRIPT) == text
 
 
+def test_the_tiles_that_ship_are_the_fastest_of_the_sweep(gpu_table: Any) -> None:
+    """Within 3 %, the sweep's own spread."""
+    from bytelane.kernels.triton_configs import linear_tile
+
+    for r in gpu_table.load("tune")["results"]:
+        times = {gpu_table.recorded_tile(tile): seconds for seconds, tile in r["best"]}
+        tile = linear_tile("sm90", r["rows"], r["out"], r["in"], r["bits"], 0)
+        assert times[tile] <= 1.03 * min(times.values()), (r["bits"], r["in"], r["out"], r["rows"])
+
+
+def test_a_sweep_times_the_tiles_that_ship(gpu_table: Any) -> None:
+    row = {"in": 4096, "out": 14336, "m": 1, "bits": 4, "seconds": {"bytelane": 9.0}, "limit_seconds": 1.0}
+    tile = gpu_table.linear_tile("sm90", 1, 14336, 4096, 4, 0)
+    record = {"kind": type(tile).__name__, **vars(tile)}
+    sweep = {"in": 4096, "out": 14336, "rows": 1, "bits": 4, "best": [(2.0, {**record, "bn": 2}), (3.0, record)]}
+    (found,) = gpu_table.tuned({"results": [row]}, {"results": [sweep]})["results"]
+    assert found["seconds"] == {"bytelane": 3.0}
+    assert found["tuned"]
+    assert gpu_table.tuned({"results": [row]}, {"results": []})["results"] == [row]
+
+
 def test_the_gpu_figures_are_the_tables(gpu_table: Any) -> None:
     results = [
         {"in": 64, "out": 32, "m": m, "bits": 4, "seconds": {"bytelane": 2e-6, "humming": s}, "limit_seconds": 1e-6}

@@ -118,8 +118,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, FusedTile(64, 128, 1, 4, 5)),
         # two: quantizing long rows in every program costs more than a launch
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
-        Row(16, CodesTile(64, 16, 128, 8, 4, 4), bits=2, least_in=2560),
         Row(16, FusedTile(16, 256, 4, 4, 4), out_features=NARROW),
+        Row(16, FusedTile(128, 128, 1, 4, 3), bits=2, least_in=4096),
+        Row(16, CodesTile(64, 16, 128, 8, 4, 4), bits=2, least_in=2560),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2),
         Row(16, FusedTile(128, 128, 1, 4, 5)),
         Row(32, CodesTile(64, 32, 128, 8, 4, 4), programs=132),
