@@ -16,11 +16,14 @@ import torch
 
 import float_oracle
 import oracle
+import tiny
 from bytelane import numerics
 from bytelane.packing import pack_rows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from bytelane.decoder.norms import norm_form
+from bytelane.decoder.parts import norm_part
 from bytelane.kernels import cpu, cuda, cuda_norm, float_ops
 from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile
 
@@ -388,6 +391,25 @@ def test_norms_are_the_cpus(dtype, in_t):
             assert torch.equal(y, float_ops.norm_rows(x, float_ops.Norm(w, 1e-6, in_t), isa=isa))
         y = cuda_norm.norm(x.to(DEVICE), None, cuda_norm.NormForm(1e-6)).cpu()
         assert np.array_equal(y.float().numpy(), float_oracle.norm(x.float().numpy(), None, 1e-6, False, dtype))
+
+
+@kernels
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gemma4"])
+def test_norms_of_models_are_the_cpus(architecture):
+    """Each module's own order of roundings, as `decoder.norms` reads it off."""
+    model = tiny.float_model(tiny.config(architecture)).to(torch.bfloat16)
+    isa = cpu.supported_isas()[0]
+    parts = [part for module in model.modules() if (part := norm_part(module)) is not None]
+    assert len(parts) >= 5
+    for part in parts:
+        weight = getattr(part.module, "weight", None)
+        width = 64 if weight is None else weight.numel()
+        if weight is not None:
+            weight.data = torch.linspace(-0.5, 1.5, width).to(torch.bfloat16)
+        x = torch.linspace(-3, 5, 2 * width).reshape(2, width).to(torch.bfloat16)
+        on_device = None if weight is None else weight.detach().to(DEVICE)
+        y = cuda_norm.norm(x.to(DEVICE), on_device, norm_form(part)).cpu()
+        assert torch.equal(y, float_ops.norm_rows(x, part.norm(), isa=isa))
 
 
 @kernels

@@ -149,3 +149,27 @@ def test_unaligned_tensors_get_code_of_their_own(recorder: Recorder) -> None:
     cuda.linear(x, moved, scales, s_in, s_out, None, 4, tile=tile)
     aligned, unaligned = recorder.launches
     assert aligned[5] != unaligned[5]
+
+
+@pytest.mark.parametrize("name", ["decode", "fused", "codes", "shared K"])
+def test_launches_that_overlap_the_one_before_compile(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As on Hopper: with the wait for the kernel before, and the weights asked for ahead of it."""
+    monkeypatch.setattr(cuda, "overlaps", lambda device: True)
+    call, kernels = CALLS[name]
+    call()
+    assert [launch[0] for launch in recorder.launches] == kernels
+
+
+def test_no_byte_of_a_row_is_asked_for_twice_or_past_its_end() -> None:
+    for n, k, bits in ((1536, 12288, 4), (12288, 1536, 2), (64, 128, 8), (262144, 1536, 2), (5, 32, 4)):
+        form = cuda.layout(n, k, bits, 0)
+        for bn, warps in ((4, 8), (16, 8), (32, 4), (128, 4)):
+            size, pieces = cuda._prefetch(form, True, True, bn, warps)
+            assert size % 16 == 0
+            assert size * pieces <= form.row_bytes
+            assert size == 0 or pieces & (pieces - 1) == 0
+            assert bn * pieces <= max(32 * warps, bn)
+    assert cuda._prefetch(cuda.layout(8, 8, 4, 0), True, True, 4, 4)[0] == 0
+    assert cuda._prefetch(cuda.layout(1536, 12288, 4, 0), False, True, 4, 4)[0] == 0

@@ -8,7 +8,7 @@ the order of roundings wants, a norm keeps transformers' own forward.
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,20 @@ from bytelane.decoder.parts import NormPart, norm_part
 from bytelane.dispatch import FLOATS
 from bytelane.kernels import gpu
 
+if TYPE_CHECKING:
+    from bytelane.kernels.cuda_norm import NormForm
+
+
+def norm_form(part: NormPart) -> NormForm:
+    """How a norm rounds, for the kernel."""
+    from bytelane.kernels.cuda_norm import NormForm
+
+    return NormForm(part.eps, part.weight_in_t, part.plus_one)
+
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
     """The `forward` bound to a norm; `bytelane_norm` says how it rounds."""
-    from bytelane.kernels.cuda_norm import MAX_WIDTH, NormForm, norm
+    from bytelane.kernels.cuda_norm import MAX_WIDTH, norm
 
     part: NormPart = self.bytelane_norm
     weight: Tensor | None = getattr(self, "weight", None)
@@ -30,7 +40,7 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
     fits = weight is None or weight.dtype is x.dtype or (not part.weight_in_t and weight.dtype in FLOATS)
     if torch.compiler.is_compiling() or not plain or grad or not fits:
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    return norm(x, weight, NormForm(part.eps, part.weight_in_t, part.plus_one))
+    return norm(x, weight, norm_form(part))
 
 
 def install_norms(model: PreTrainedModel) -> int:

@@ -86,18 +86,19 @@ def _check_output_scale(scale: Tensor | None, n: int) -> None:
         require(scale, torch.float32, n if scale.dim() == 1 and scale.numel() == n else 1, "output_scale")
 
 
-def _prefetch(form: Layout, overlapping: bool, aligned: bool, bn: int, warps: int) -> dict[str, int]:
-    """What of each row of the weight to ask for before the kernel before is done: pieces, and the bytes of one."""
+def _prefetch(form: Layout, overlapping: bool, aligned: bool, bn: int, warps: int) -> tuple[int, int]:
+    """What of each row of the weight to ask for before the kernel before is done: bytes of a piece, and pieces."""
     wanted = min(form.row_bytes, PREFETCH_BYTES // form.out_features) // ALIGNED
     if not overlapping or not aligned or form.row_bytes % ALIGNED or not wanted:
-        return {"PREFETCH": 0, "PIECES": 1}
+        return 0, 1
     pieces = min(max(32 * warps // bn, 1), power_of_two(wanted + 1) // 2)
-    return {"PREFETCH": wanted // pieces * ALIGNED, "PIECES": pieces}
+    return wanted // pieces * ALIGNED, pieces
 
 
 @functools.lru_cache(maxsize=4096)
 def _decode_launch(form: Layout, m: int, tile: DecodeTile, outputs: int, has_bias: bool, overlapping: bool) -> Launch:
     n, k, bits, row_bytes, *_ = form
+    ahead, pieces = _prefetch(form, overlapping, True, tile.bn, tile.warps)
     constants = {
         "BITS": bits,
         "PLANES": planes(bits),
@@ -109,9 +110,10 @@ def _decode_launch(form: Layout, m: int, tile: DecodeTile, outputs: int, has_bia
         "BM": power_of_two(m),
         "BW": tile.bw,
         "PDL": overlapping,
-        **_prefetch(form, overlapping, True, tile.bn, tile.warps),
+        "PREFETCH": ahead > 0,
+        "PIECES": pieces,
     }
-    numbers = (m, n, k, row_bytes // 4)
+    numbers = (m, n, k, row_bytes // 4, ahead)
     grid = (triton.cdiv(n, tile.bn), 1)
     return Launch(decode_linear, grid, numbers, constants, tile.warps, overlaps=overlapping)
 
@@ -121,6 +123,7 @@ def _fused_launch(
     form: Layout, m: int, tile: FusedTile, outputs: int, has_bias: bool, overlapping: bool, aligned: bool
 ) -> Launch:
     n, k, bits, row_bytes, groups, group_blocks = form
+    ahead, pieces = _prefetch(form, overlapping, aligned, tile.bn, tile.warps)
     constants = {
         "BITS": bits,
         "PLANES": planes(bits),
@@ -134,9 +137,10 @@ def _fused_launch(
         "BB": tile.bb,
         "SPLIT": tile.split,
         "PDL": overlapping,
-        **_prefetch(form, overlapping, aligned, tile.bn, tile.warps),
+        "PREFETCH": ahead > 0,
+        "PIECES": pieces,
     }
-    numbers = (m, n, k, row_bytes, groups, group_blocks)
+    numbers = (m, n, k, row_bytes, groups, group_blocks, ahead)
     return Launch(fused_linear, (triton.cdiv(n, tile.bn), 1), numbers, constants, tile.warps, tile.stages, overlapping)
 
 

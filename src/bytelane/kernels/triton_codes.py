@@ -141,17 +141,17 @@ def plane_of_blocks(rows, blocks, mask, row_bytes, P: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def prefetch_rows(rows, BYTES: tl.constexpr, PIECES: tl.constexpr):
-    """Start moving the first PIECES times BYTES of each row to the second-level cache; sm_90.
+def prefetch_rows(rows, size, PIECES: tl.constexpr):
+    """Start moving the first PIECES times `size` bytes of each row to the second-level cache; sm_90.
 
-    BYTES and the rows are multiples of 16. With as many pieces as there are threads for each row, every thread asks
+    `size` and the rows are multiples of 16. With as many pieces as there are threads for each row, every thread asks
     for one of its own; with fewer, several would ask for the same, and each request takes its time in the cache.
     """
-    at = rows.to(tl.int64)[:, None] + (tl.arange(0, PIECES) * BYTES)[None, :]
+    at = rows.to(tl.int64)[:, None] + (tl.arange(0, PIECES) * size)[None, :]
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;",
         "=r,l,r",
-        [at, tl.full(at.shape, BYTES, tl.int32)],
+        [at, tl.zeros(at.shape, tl.int32) + size],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

@@ -125,6 +125,7 @@ def decode_linear(
     out_features,
     in_features,
     row_words,
+    ahead,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -149,8 +150,8 @@ def decode_linear(
     in_channels = channels < out_features
     if PDL:
         # as in `fused_linear`: only the weights may be asked for before the kernel before is done
-        if PREFETCH > 0:
-            prefetch_rows(weight + tl.minimum(channels, last).to(tl.int64) * (row_words * 4), PREFETCH, PIECES)
+        if PREFETCH:
+            prefetch_rows(weight + tl.minimum(channels, last).to(tl.int64) * (row_words * 4), ahead, PIECES)
         gdc_wait()
         gdc_launch_dependents()
     s_in = tl.load(input_scale)

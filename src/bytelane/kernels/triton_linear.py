@@ -58,6 +58,7 @@ def fused_linear(
     row_bytes,
     groups,
     group_blocks,
+    ahead,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -89,6 +90,7 @@ def fused_linear(
         row_bytes: bytes in a row of the weight.
         groups: scales in a channel.
         group_blocks: blocks of codes in a group, all of a row's without groups.
+        ahead: bytes of a piece.
         BITS: N-bit weights.
         PLANES: codes in a block.
         SHIFT: of the accumulator.
@@ -101,7 +103,7 @@ def fused_linear(
         BB: blocks of a tile.
         SPLIT: parts of a tile that different warps multiply.
         PDL: launched while the kernel before it may still run (programmatic dependent launch, sm_90).
-        PREFETCH: bytes of each piece of a row of the weight to ask for before waiting for that kernel; 0 for none.
+        PREFETCH: whether to ask for pieces of the weight's rows before waiting for that kernel.
         PIECES: pieces of each row to ask for, one by each thread.
     """
     channels = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -111,9 +113,9 @@ def fused_linear(
     if PDL:
         # The kernel before may still be at work on what this one reads, or on what it overwrites. The weights are
         # nobody's: they start on their way to the second-level cache before the wait.
-        if PREFETCH > 0:
+        if PREFETCH:
             rows_at = weight + tl.minimum(channels, out_features - 1).to(tl.int64) * row_bytes
-            prefetch_rows(rows_at, PREFETCH, PIECES)
+            prefetch_rows(rows_at, ahead, PIECES)
         gdc_wait()
         gdc_launch_dependents()
     s_in = tl.load(input_scale)
