@@ -22,10 +22,10 @@ from bytelane.packing import pack_rows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bytelane.decoder.norms import norm_form
+from bytelane.decoder.norms import install_norms, norm_form
 from bytelane.decoder.parts import norm_part
 from bytelane.kernels import cpu, cuda, cuda_norm, float_ops
-from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile
+from bytelane.kernels.triton_configs import TABLE, CodesTile, DecodeTile, FusedTile
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -179,6 +179,20 @@ def test_byte_dots(bits, tile):
         x = activations(rng, m, k)
         for some_out, some_bias in ((s_out, bias), (None, bias), (s_out, None)):
             check_linear(cuda.linear, bits, x, codes, weight_scale, s_in, some_out, some_bias, tile=tile)
+
+
+SHIPPED = sorted({row.tile for row in TABLE["sm90"] if GPU or isinstance(row.tile, DecodeTile)}, key=repr)
+
+
+@kernels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("tile", SHIPPED, ids=repr)
+def test_every_tile_that_ships(bits, tile):
+    """Of the table, as they are; on layers that fill tiles, and that do not."""
+    rng = generator(bits, repr(tile))
+    m = 1 if isinstance(tile, DecodeTile) else 3
+    for n, k in ((64, 1024), (37, 448)) if not GPU else ((512, 4096), (333, 1600)):
+        check_linear(cuda.linear, bits, activations(rng, m, k), *random_layer(rng, n, k, bits), tile=tile)
 
 
 @kernels
@@ -410,6 +424,23 @@ def test_norms_of_models_are_the_cpus(architecture):
         on_device = None if weight is None else weight.detach().to(DEVICE)
         y = cuda_norm.norm(x.to(DEVICE), on_device, norm_form(part)).cpu()
         assert torch.equal(y, float_ops.norm_rows(x, part.norm(), isa=isa))
+
+
+@pytest.mark.skipif(not GPU or INTERPRETED, reason="needs a GPU")
+def test_a_model_on_a_gpu_has_them():
+    model = tiny.float_model(tiny.config("gemma4")).to("cuda", torch.bfloat16)
+    assert install_norms(model) >= 10
+    isa = cpu.supported_isas()[0]
+    x = torch.linspace(-3, 5, 128).reshape(2, 64).to(torch.bfloat16)
+    with torch.inference_mode():
+        y = model.model.norm(x.cuda()).cpu()
+    assert torch.equal(y, float_ops.norm_rows(x, norm_part(model.model.norm).norm(), isa=isa))
+
+
+def test_a_model_on_the_cpu_keeps_its_norms():
+    model = tiny.float_model(tiny.config("llama"))
+    assert install_norms(model) == 0
+    assert not any(hasattr(module, "bytelane_norm") for module in model.modules())
 
 
 @kernels

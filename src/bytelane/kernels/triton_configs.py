@@ -235,9 +235,9 @@ def linear_tile(
         codes = CodesTile(128, 64, bb, 8, 8, 3)
         tile: Tile = FusedTile(64, bb, 1, 4, 4) if launches != 2 and rows <= 16 else codes
     else:
-        decodes = launches == 0 and decodable(rows, in_features, num_bits, group_size)
-        kind = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
-        kind = (DecodeTile, *kind) if decodes else kind
+        kind: tuple[type[Tile], ...] = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
+        if launches == 0 and decodable(rows, in_features, num_bits, group_size):
+            kind = (DecodeTile, *kind)
         found = next(
             row
             for row in TABLE.get(device, TABLE[OTHERS])
