@@ -132,8 +132,9 @@ def figures(
     """The README's text between the markers."""
     peer_rows = {r["m"] for r in peers["results"]}
     parts = [
-        f"Measured on {limits_text(linear)}. A star marks a tile that was chosen by a later sweep, and its time there",
-        f"({sweep['date']}, the same card; its graphs are short, which costs small layers some 0.3 us):",
+        f"Measured on {limits_text(linear)}.",
+        f"A star marks a tile chosen by a later sweep ({sweep['date']}, another machine with the same card) and its time",
+        "there, in shorter graphs, beside the limit of this run:",
         "",
         alone(tuned(linear, sweep), ROWS),
         "",
