@@ -11,6 +11,7 @@ humming-kernels is optional (`pip install humming-kernels`); without it only bf1
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ def bf16_calls(x: Tensor, out_features: int) -> Calls:
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
+@functools.lru_cache(maxsize=2)
 def humming_layer(
     in_features: int, out_features: int, bits: int, *, integer: bool
 ) -> tuple[Any, Callable[..., Tensor]]:

@@ -1,21 +1,30 @@
-"""The README's GPU tables from what `gpu_linear.py` measured.
+"""The README's GPU figures from what the GPU benchmarks measured.
 
-    python benchmarks/gpu_table.py [benchmarks/results/gpu_linear_h100.json] [--rows 1,16,256,4096]
-    python benchmarks/gpu_table.py benchmarks/results/gpu_peers_h100.json
+    python benchmarks/gpu_table.py             # print them
+    python benchmarks/gpu_table.py --write     # put them into the README, between their markers
 
-Prints Markdown. Of a run without peers: each shape's and width's microseconds, and the percent of the limit (the bytes
-over the copy's bandwidth, or the operations over the rate of torch's int8 matmul, whichever takes longer) measured in
-the same run. Of a run with peers: how many times as long each peer took.
+They come from `benchmarks/results/`: `gpu_linear_h100.json` (`gpu_linear.py --no-peers`: each shape's and width's
+microseconds, and the percent of the limit measured in the same run), `gpu_tune_h100.json` (`gpu_tune.py`, where it has
+the tile that ships: its time instead), `gpu_peers_h100.json` (the same beside peers: how
+many times as long each took) and `gpu_generate_h100.json` (`gpu_generate.py`: tokens a second of whole models).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "gpu_linear_h100.json"
+from bytelane.cli.output import size, write_text
+from bytelane.kernels.triton_configs import linear_tile
+from gpu_timing import recorded_tile
+from readme import README, replace
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = frozenset({1, 16, 256, 4096})
+NAME, SCRIPT = "figures of the GPU", "benchmarks/gpu_table.py"
 PEERS = ("emulated", "humming", "bf16")
 
 
@@ -38,8 +47,32 @@ def alone(measured: dict[str, Any], rows: set[int]) -> str:
     made = []
     for k, n, m in sorted({key[:3] for key in cells if key[2] in rows}):
         found = (cells.get((k, n, m, bits)) for bits in widths)
-        made.append([f"{k} x {n}", str(m), *("" if r is None else f"{microseconds(r)}, {percent(r)} %" for r in found)])
+        made.append(
+            [
+                f"{k} x {n}",
+                str(m),
+                *(
+                    "" if r is None else f"{microseconds(r)}{'*' if 'tuned' in r else ''}, {percent(r)} %"
+                    for r in found
+                ),
+            ]
+        )
     return lines(["in x out", "M", *(f"{bits} bits: us, of the limit" for bits in widths)], made)
+
+
+def tuned(measured: dict[str, Any], sweep: dict[str, Any]) -> dict[str, Any]:
+    """A run with the times of the tiles that ship, where a later sweep has them: those rows say `tuned`."""
+    times = {
+        (r["in"], r["out"], r["rows"], r["bits"]): {recorded_tile(tile): seconds for seconds, tile in r["best"]}
+        for r in sweep["results"]
+    }
+    rows = []
+    for r in measured["results"]:
+        key = (r["in"], r["out"], r["m"], r["bits"])
+        tile = linear_tile("sm90", r["m"], r["out"], r["in"], r["bits"], 0)
+        seconds = times.get(key, {}).get(tile)
+        rows.append(r if seconds is None else {**r, "seconds": {"bytelane": seconds}, "tuned": True})
+    return {**measured, "results": rows}
 
 
 def beside_peers(measured: dict[str, Any], rows: set[int]) -> str:
@@ -56,14 +89,95 @@ def beside_peers(measured: dict[str, Any], rows: set[int]) -> str:
     return lines(["in x out", "bits", "M", "us", "of the limit", *(f"{p} takes" for p in present)], made)
 
 
+def against_peers(measured: dict[str, Any]) -> str:
+    """Of each peer, over the whole table: the geometric mean of its times over ours, and the least."""
+    said = []
+    for peer in PEERS:
+        ratios = [r["seconds"][peer] / r["seconds"]["bytelane"] for r in measured["results"] if peer in r["seconds"]]
+        if ratios:
+            said.append(f"{peer} {statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
+    return "; ".join(said)
+
+
+def models(measured: dict[str, Any]) -> str:
+    """Tokens a second of each model, candidate and mode."""
+    made = []
+    for r in measured["results"]:
+        rate = f"{r['tokens_per_second']:.0f}" if r["tokens_per_second"] >= 100 else f"{r['tokens_per_second']:.1f}"
+        sizes = (size(r["weight_bytes"]), size(r["peak_bytes"]))
+        made.append([r["model"], r["candidate"], r["mode"], rate, *sizes])
+    return lines(["model", "candidate", "mode", "tokens a second", "weights", "at most held"], made)
+
+
+def limits_text(measured: dict[str, Any]) -> str:
+    """Card, date, releases and limits of a run."""
+    limits = measured["limits"]
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items() if name != "bytelane")
+    text = (
+        f"{measured['device']}, {measured['date']}, {versions}; a copy moves "
+        f"{limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, torch's int8 matmul does "
+        f"{limits['int8_operations_per_second'] / 1e12:.0f} TOP/s"
+    )
+    if "launch_seconds" in limits:
+        text += (
+            f", an empty kernel in a graph takes {limits['launch_seconds'] * 1e6:.1f} us, one that overlaps "
+            f"the one before {limits['overlapping_launch_seconds'] * 1e6:.1f}"
+        )
+    return text
+
+
+def figures(
+    linear: dict[str, Any], sweep: dict[str, Any], peers: dict[str, Any], generate: dict[str, Any] | None
+) -> str:
+    """The README's text between the markers."""
+    peer_rows = {r["m"] for r in peers["results"]}
+    parts = [
+        f"Measured on {limits_text(linear)}.",
+        f"A star marks a tile chosen by a later sweep ({sweep['date']}, another machine with the same card) and its time",
+        "there, in shorter graphs, beside the limit of this run:",
+        "",
+        alone(tuned(linear, sweep), ROWS),
+        "",
+        "Beside what else runs such a layer, in one run with each other (`python benchmarks/gpu_linear.py`):",
+        "emulation as vLLM does it (humming's weight-only matmul between compiled fake quantization), humming's",
+        "integer matmul and a compiled output step, and torch in bfloat16. The last columns are their times over ours;",
+        "over all rows, the geometric mean (and the least) is",
+        f"{against_peers(peers)}.",
+        f"{limits_text(peers)}:",
+        "",
+        beside_peers(peers, peer_rows),
+    ]
+    if generate is not None:
+        parts += [
+            "",
+            "Whole models with random codes, one sequence, greedily: "
+            f"{generate['tokens']} tokens after a prompt of {generate['prompt']}",
+            "(`python benchmarks/gpu_generate.py MODEL ...`; eager is transformers' `generate`, graph is",
+            f"`bytelane.step_graph`, the same step captured; {generate['device']}, {generate['date']}):",
+            "",
+            models(generate),
+        ]
+    return "\n".join(parts)
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"gpu_{name}_h100.json").read_text())
+    return found
+
+
+def whole() -> str:
+    """`figures` of the results that are there."""
+    generated = load("generate") if (RESULTS / "gpu_generate_h100.json").exists() else None
+    return figures(load("linear"), load("tune"), load("peers"), generated)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--rows", default="1,16,256,4096", help="numbers of activation rows (M), with commas")
-    args = parser.parse_args()
-    measured, rows = json.loads(args.results.read_text()), {int(m) for m in args.rows.split(",")}
-    peers = any(p in r["seconds"] for r in measured["results"] for p in PEERS)
-    print(beside_peers(measured, rows) if peers else alone(measured, rows))
+    parser.add_argument("--write", action="store_true", help="into the README")
+    if parser.parse_args().write:
+        write_text(README, replace(README.read_text(), NAME, whole(), SCRIPT))
+    else:
+        print(whole())
 
 
 if __name__ == "__main__":

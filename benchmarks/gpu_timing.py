@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from bytelane.kernels import triton_configs as configs
+from bytelane.kernels.triton_launch import Launch
 
 COLD_BYTES = 256 << 20
 """Copies of a weight together: five times the 50 MB second-level cache of an H100."""
@@ -59,6 +66,25 @@ def copy_bandwidth() -> float:
     return max(2 * source.nbytes / graph_seconds([call], at_least=5) for call in calls)
 
 
+@triton.jit
+def nothing(x, PDL: triton.language.constexpr):
+    """A kernel that only is one."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def launch_seconds() -> dict[str, float]:
+    """Seconds of an empty kernel in a graph of them, and of one that may begin while the one before still runs."""
+    x = torch.zeros(16, device="cuda")
+    overlaps = torch.cuda.get_device_capability() >= (9, 0)
+    plain, overlapping = (Launch(nothing, (1, 1), (), {"PDL": pdl}, overlaps=pdl) for pdl in (False, overlaps))
+    return {
+        "launch_seconds": graph_seconds([lambda: plain(x)], at_least=200),
+        "overlapping_launch_seconds": graph_seconds([lambda: overlapping(x)], at_least=200),
+    }
+
+
 def int8_rate() -> float:
     """Operations a second (two per multiply-add) of torch's int8 matmul on random data, at the best of some sizes."""
     rates = []
@@ -73,3 +99,14 @@ def random_rows(copies: int, out_features: int, row_bytes: int) -> list[Tensor]:
     """Random canonical rows, several times."""
     pool = torch.randint(0, 256, (copies, out_features, row_bytes), dtype=torch.uint8, device="cuda")
     return list(pool.unbind(0))
+
+
+def tile_record(tile: configs.Tile) -> dict[str, Any]:
+    """A tile for JSON."""
+    return {"kind": type(tile).__name__, **dataclasses.asdict(tile)}
+
+
+def recorded_tile(record: dict[str, Any]) -> configs.Tile:
+    """The tile of a record."""
+    kinds = {kind.__name__: kind for kind in (configs.DecodeTile, configs.FusedTile, configs.CodesTile)}
+    return kinds[record["kind"]](**{name: value for name, value in record.items() if name != "kind"})

@@ -15,34 +15,54 @@ import itertools
 import json
 import multiprocessing
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from bytelane.kernels import cuda
 from bytelane.kernels.triton_codes import planes
-from bytelane.kernels.triton_configs import CodesTile, FusedTile
+from bytelane.kernels.triton_configs import (
+    CodesTile,
+    DecodeTile,
+    FusedTile,
+    Tile,
+    decodable,
+    linear_tile,
+    power_of_two,
+)
 from bytelane.scheme import row_bytes
-from gpu_timing import copies_of, graph_seconds, random_rows
+from gpu_linear import environment
+from gpu_timing import copies_of, graph_seconds, random_rows, tile_record
 
-Tile = FusedTile | CodesTile
+
+def decode_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    """Warps that share a step of K among some of them, with so many rows of the weight in each."""
+    words = in_features * bits // 32
+    found: list[Tile] = []
+    for (warps, across), each in itertools.product(((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 8)), (4, 8)):
+        bn, bw = each * warps // across, 128 * across
+        fits = bw <= max(128, power_of_two(words)) and 132 <= out_features // bn <= 1100
+        if fits and (rows == 1 or (warps == 4 and each == 4)):
+            found.append(DecodeTile(bn, bw, warps))
+    return found
 
 
-def fused_candidates(out_features: int) -> list[Tile]:
-    wide = [FusedTile(bn, bb, 1, 4, stages) for bn, bb, stages in itertools.product((64, 128), (128, 256), (3, 5))]
-    split = [
-        FusedTile(bn, bb, parts, parts, stages)
-        for bn, bb, parts, stages in itertools.product((16, 32), (256, 512), (4, 8), (3, 5))
-    ]
-    tiles = split if out_features < 4096 else wide
-    return [t for t in tiles if t.bn * t.bb * t.stages <= 160 << 10]
+def fused_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
+    """What the table takes on tensor cores, and its like with other steps, stages and warps."""
+    table = linear_tile("sm90", rows, out_features, in_features, bits, 0, 1)
+    wide = [FusedTile(64, 128, 1, 4, 5), FusedTile(64, 256, 1, 4, 3), FusedTile(64, 128, 1, 4, 3)]
+    split = [FusedTile(16, 512, 4, 4, 4), FusedTile(16, 1024, 8, 8, 4), FusedTile(32, 512, 8, 8, 3)]
+    return list(dict.fromkeys([table, *(split if out_features < 4096 else wide)]))
 
 
 def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
     small = [(64, max(16, min(64, rows)))] if rows <= 64 else [(64, 64), (128, 64), (128, 128)]
     shapes = small if rows <= 256 else [(128, 128), (128, 64), (256, 64)]
-    shared_k = [s for s in (1, 2, 3, 4, 5, 6, 8) if s == 1 or (rows <= 256 and in_features // s >= 1024)]
+    sharing = (1, 2, 3, 4, 5, 6, 8) if rows <= 64 else (1, 2, 3)
+    shared_k = [s for s in sharing if s == 1 or (rows <= 256 and in_features // s >= 1024)]
     found: list[Tile] = []
     for (bn, bm), bb, warps, stages, splits in itertools.product(
         shapes, (64, 128), (4, 8), (3, 4) if rows > 16 else (4,), shared_k
@@ -56,7 +76,9 @@ def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) 
 
 
 def candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
-    fused = fused_candidates(out_features) if rows <= cuda.FUSED_ROWS else []
+    fused = fused_candidates(bits, rows, out_features, in_features) if rows <= cuda.FUSED_ROWS else []
+    if decodable(rows, in_features, bits, 0):
+        return [*decode_candidates(bits, rows, out_features, in_features), *fused]
     return fused + (codes_candidates(bits, rows, out_features, in_features) if rows > 4 else [])
 
 
@@ -72,12 +94,22 @@ def sides(out_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def compile_one(job: tuple[Tile, int, int]) -> str | None:
-    """Compile a candidate on a small problem whose sizes are as divisible as the real ones."""
-    tile, bits, rows = job
-    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+Job = tuple[Tile, int, int, int, int]
+
+
+def job_of(tile: Tile, bits: int, rows: int, in_features: int, out_features: int) -> Job:
+    """What decides the code: `(tile, bits, rows, K, N)`, of which tiles of many rows care for the first two."""
+    if isinstance(tile, CodesTile):
+        return tile, bits, tile.bm, 12288, 512
+    return tile, bits, power_of_two(rows), in_features, out_features
+
+
+def compile_one(job: Job) -> str | None:
+    """Compile a candidate, by running it once."""
+    tile, bits, rows, k, n = job
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
     try:
-        call(tile, x, random_rows(1, 512, row_bytes(4096, bits))[0], sides(512), bits)
+        call(tile, x, random_rows(1, n, row_bytes(k, bits))[0], sides(n), bits)
     except Exception as error:  # noqa: BLE001  (a candidate that does not compile or fit is reported, not timed)
         return f"{tile}: {type(error).__name__} {str(error)[:100]}"
     return None
@@ -87,40 +119,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", default="2,4,8")
     parser.add_argument("--shapes", default="1536x12288,12288x1536,2560x10240,4096x14336")
-    parser.add_argument("--rows", default="1,16,64,256,4096")
+    parser.add_argument("--rows", default="1,4,16,64,256,1024,4096")
+    parser.add_argument("--problems", help="BITS:ROWS, with commas, instead of all pairs of --bits and --rows")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile; 0: it is done already")
+    parser.add_argument("--only-compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other problem after so long")
     args = parser.parse_args()
+    begun = time.monotonic()
     shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes.split(","))]
-    problems = list(itertools.product(map(int, args.bits.split(",")), shapes, map(int, args.rows.split(","))))
-    jobs = {(tile, bits, m) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k)}
-    context = multiprocessing.get_context("spawn")
+    pairs = list(itertools.product(args.bits.split(","), args.rows.split(",")))
+    if args.problems:
+        pairs = [tuple(pair.split(":")) for pair in args.problems.split(",")]
+    problems = [(int(bits), shape, int(m)) for bits, m in pairs for shape in shapes]
+    jobs = list(
+        dict.fromkeys(job_of(tile, bits, m, k, n) for bits, (k, n), m in problems for tile in candidates(bits, m, n, k))
+    )
     failed = set()
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        for job, error in zip(jobs, pool.map(compile_one, jobs, chunksize=4), strict=True):
-            if error:
-                failed.add(job)
-                print(error, file=sys.stderr)
-    print(f"{len(jobs)} candidates compiled, {len(failed)} failed", flush=True)
+    if args.workers:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+            for job, error in zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True):
+                if error:
+                    failed.add(job)
+                    print(error, file=sys.stderr)
+        print(f"{len(jobs)} candidates compiled, {len(failed)} failed", flush=True)
+    if args.only_compile:
+        return
     results = []
     for bits, (k, n), m in problems:
+        if time.monotonic() - begun > args.seconds:
+            print("no time left", flush=True)
+            break
         weights = random_rows(copies_of(n * row_bytes(k, bits)), n, row_bytes(k, bits))
         scales, x = sides(n), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         timed = []
         for tile in candidates(bits, m, n, k):
-            if (tile, bits, m) in failed:
+            if job_of(tile, bits, m, k, n) in failed:
                 continue
             calls = [functools.partial(call, tile, x, w, scales, bits) for w in weights]
-            timed.append((graph_seconds(calls, at_least=1, replays=3), tile))
+            try:
+                timed.append((graph_seconds(calls, at_least=1, replays=5), tile))
+            except triton.OutOfResources:
+                print(f"{tile} does not fit", file=sys.stderr)
         timed.sort(key=lambda pair: pair[0])
-        results.append({"bits": bits, "in": k, "out": n, "rows": m, "best": [(s, str(t)) for s, t in timed[:12]]})
+        results.append({"bits": bits, "in": k, "out": n, "rows": m, "best": [(s, tile_record(t)) for s, t in timed]})
         rate = 2 * m * n * k / timed[0][0] / 1e12
         speed = n * row_bytes(k, bits) / timed[0][0] / 1e9
         print(f"{bits} bits {k}x{n} M={m}: {speed:.0f} GB/s {rate:.0f} TOP/s", flush=True)
         for seconds, tile in timed[:3]:
             print(f"    {seconds * 1e6:8.2f} us  {tile}", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1))
+            lines = ",\n".join(json.dumps(r) for r in results)
+            args.json.write_text(json.dumps(environment())[:-1] + f', "results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

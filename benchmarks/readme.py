@@ -100,13 +100,13 @@ def llama_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def replace(text: str, name: str, body: str) -> str:
-    """A Markdown text with what stands between the markers of `name` replaced.
+def replace(text: str, name: str, body: str, script: str = "benchmarks/readme.py") -> str:
+    """A Markdown text with what stands between the markers of `name`, which name the script, replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    begin, end = f"<!-- {name}: written by benchmarks/readme.py -->", f"<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: written by {script} -->", f"<!-- end of {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"needs {begin} and then {end}, once each")
     return text[: text.index(begin) + len(begin)] + f"\n{body}\n" + text[text.index(end) :]

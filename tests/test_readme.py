@@ -91,16 +91,51 @@ def test_the_readme_says_what_the_results_say(script: Any) -> None:
     assert script.replace(text, "figures of the CPU", script.figures(found)) == text
 
 
-def test_the_gpu_tables_are_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-
+@pytest.fixture
+def gpu_table(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "gpu_table", raising=False)
+    for name in ("gpu_table", "readme"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import gpu_table
 
-    text = (SCRIPTS.parent / "README.md").read_text()
-    for name, table in (("linear", gpu_table.alone), ("peers", gpu_table.beside_peers)):
-        measured = json.loads((SCRIPTS / "results" / f"gpu_{name}_h100.json").read_text())
-        assert table(measured, {1, 16, 256, 4096}) in text
-        assert "4096 x 14336" in table(measured, {1})
-        assert "| 16 |" not in table(measured, {1})
+    return gpu_table
+
+
+def test_the_readme_says_what_the_gpu_results_say(gpu_table: Any) -> None:
+    text = gpu_table.README.read_text()
+    assert gpu_table.replace(text, gpu_table.NAME, gpu_table.whole(), gpu_table.SCRIPT) == text
+
+
+def test_the_tiles_that_ship_are_the_fastest_of_the_sweep(gpu_table: Any) -> None:
+    """Within 3 %, the sweep's own spread."""
+    from bytelane.kernels.triton_configs import linear_tile
+
+    for r in gpu_table.load("tune")["results"]:
+        times = {gpu_table.recorded_tile(tile): seconds for seconds, tile in r["best"]}
+        tile = linear_tile("sm90", r["rows"], r["out"], r["in"], r["bits"], 0)
+        assert times[tile] <= 1.03 * min(times.values()), (r["bits"], r["in"], r["out"], r["rows"])
+
+
+def test_a_sweep_times_the_tiles_that_ship(gpu_table: Any) -> None:
+    row = {"in": 4096, "out": 14336, "m": 1, "bits": 4, "seconds": {"bytelane": 9.0}, "limit_seconds": 1.0}
+    tile = gpu_table.linear_tile("sm90", 1, 14336, 4096, 4, 0)
+    record = {"kind": type(tile).__name__, **vars(tile)}
+    sweep = {"in": 4096, "out": 14336, "rows": 1, "bits": 4, "best": [(2.0, {**record, "bn": 2}), (3.0, record)]}
+    (found,) = gpu_table.tuned({"results": [row]}, {"results": [sweep]})["results"]
+    assert found["seconds"] == {"bytelane": 3.0}
+    assert found["tuned"]
+    assert gpu_table.tuned({"results": [row]}, {"results": []})["results"] == [row]
+
+
+def test_the_gpu_figures_are_the_tables(gpu_table: Any) -> None:
+    results = [
+        {"in": 64, "out": 32, "m": m, "bits": 4, "seconds": {"bytelane": 2e-6, "humming": s}, "limit_seconds": 1e-6}
+        for m, s in ((1, 4e-6), (16, 9e-6))
+    ]
+    assert gpu_table.alone({"results": results}, {1}).splitlines()[-1] == "| 64 x 32 | 1 | 2.0, 50 % |"
+    assert gpu_table.beside_peers({"results": results}, {16}).splitlines()[-1].endswith("| 2.0 | 50 % | 4.50 |")
+    assert gpu_table.against_peers({"results": results}) == "humming 3.00 (2.00)"
+    row = {"candidate": "bytelane", "mode": "graph", "tokens_per_second": 99.96, "weight_bytes": 2e6, "peak_bytes": 3e9}
+    assert gpu_table.models({"results": [{"model": "m", **row}]}).endswith(
+        "| bytelane | graph | 100.0 | 2.0 MB | 3.00 GB |"
+    )

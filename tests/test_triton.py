@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+import float_oracle
 import oracle
+import tiny
 from bytelane import numerics
 from bytelane.packing import pack_rows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bytelane.kernels import cpu, cuda
-from bytelane.kernels.triton_configs import CodesTile, FusedTile
+from bytelane.decoder.norms import install_norms, norm_form
+from bytelane.decoder.parts import norm_part
+from bytelane.kernels import cpu, cuda, cuda_norm, float_ops
+from bytelane.kernels.triton_configs import TABLE, CodesTile, DecodeTile, FusedTile
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -159,6 +163,70 @@ def test_tiles_change_nothing(bits, tile):
     rng = generator(bits)
     for n, k in ((128, 512), (70, 300)):
         check_linear(cuda.linear, bits, activations(rng, 11, k), *random_layer(rng, n, k, bits), tile=tile)
+
+
+@kernels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("tile", [DecodeTile(4, 128, 4), DecodeTile(2, 64, 1), DecodeTile(16, 32, 2)])
+def test_byte_dots(bits, tile):
+    """Rows of one step and of several, of which the last may be short; channels that fill no tile; sides absent."""
+    rng = generator(bits, tile.bn)
+    shapes = [(1, 37, 128), (3, 16, 320), (4, 5, 1088 if bits == 2 else 544)]
+    if GPU:
+        shapes += [(1, 1536, 12288), (2, 700, 4096), (4, 256, 2560), (1, 8, 65536)]
+    for m, n, k in shapes:
+        codes, weight_scale, s_in, s_out, bias = random_layer(rng, n, k, bits)
+        x = activations(rng, m, k)
+        for some_out, some_bias in ((s_out, bias), (None, bias), (s_out, None)):
+            check_linear(cuda.linear, bits, x, codes, weight_scale, s_in, some_out, some_bias, tile=tile)
+
+
+SHIPPED = sorted({row.tile for row in TABLE["sm90"] if GPU or isinstance(row.tile, DecodeTile)}, key=repr)
+
+
+@kernels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("tile", SHIPPED, ids=repr)
+def test_every_tile_that_ships(bits, tile):
+    """Of the table, as they are; on layers that fill tiles, and that do not."""
+    rng = generator(bits, repr(tile))
+    m = 1 if isinstance(tile, DecodeTile) else 3
+    for n, k in ((64, 1024), (37, 448)) if not GPU else ((512, 4096), (333, 1600)):
+        check_linear(cuda.linear, bits, activations(rng, m, k), *random_layer(rng, n, k, bits), tile=tile)
+
+
+@kernels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_byte_dots_of_extreme_codes_and_not_numbers(bits):
+    k = 128 if not GPU else 65536
+    x = torch.full((2, k), 1e9).bfloat16()
+    x[1, ::3] = float("nan")  # 127 in integer numerics
+    x[1, 1::3] = float("-inf")
+    for w in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1):
+        codes = np.full((6, k), w, np.int8)
+        layer = (codes, np.full((6, 1), 0.01, np.float32), np.float32(0.5), np.float32(3e3))
+        args = (tensor(layer[1]), tensor(layer[2]), tensor(layer[3]), None)
+        y = cuda.linear(x.to(DEVICE), rows_of(codes, bits), *args, bits, tile=DecodeTile(4, 32, 2))
+        scales = (torch.from_numpy(np.asarray(v)) for v in layer[1:])
+        expected = numerics.linear_integer(x, torch.from_numpy(codes), *scales, None)
+        assert torch.equal(y.cpu(), expected)
+
+
+@kernels
+def test_byte_dots_take_only_whole_words():
+    """Rows of no whole 16 bytes, and rows that do not lie at 16 bytes, go to the other kernels by themselves."""
+    rng = generator()
+    layer = random_layer(rng, 9, 64, 4)
+    x = activations(rng, 1, 64)
+    args = [tensor(v) for v in layer[1:]]
+    packed = rows_of(layer[0], 4)
+    moved = torch.cat([packed.new_zeros(1), packed.flatten()])[1:].view(packed.shape)
+    y = cuda.linear(x.to(DEVICE), packed, *args, 4)
+    assert torch.equal(cuda.linear(x.to(DEVICE), moved, *args, 4), y)
+    with pytest.raises(ValueError, match="16 bytes"):
+        cuda.linear(x.to(DEVICE), moved, *args, 4, tile=DecodeTile(4, 32, 4))
+    for k in (65, 80):
+        check_linear(cuda.linear, 4, activations(rng, 1, k), *random_layer(rng, 9, k, 4))
 
 
 @kernels
@@ -316,3 +384,71 @@ def test_two_bit_weight_only_is_the_cpu_kernel_bit_for_bit(dtype):
                 on_device = [None if v is None else v.to(DEVICE) for v in sides]
                 y = cuda.linear_weight_only(x.to(DEVICE), rows.to(DEVICE), tensor(weight_scale), *on_device, 2)
                 assert torch.equal(y.cpu().nan_to_num(7e4), expected.nan_to_num(7e4))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("in_t", [False, True])
+def test_norms_are_the_cpus(dtype, in_t):
+    rng = generator(dtype, in_t)
+    isa = cpu.supported_isas()[0]
+    for m, width in ((1, 1), (3, 64), (2, 300)) if not GPU else ((1, 1), (7, 1536), (200, 256), (3, 5000)):
+        x = torch.from_numpy(rng.normal(0, 3, (m, width)).astype(np.float32)).to(getattr(torch, dtype))
+        x[0, 0] = 1000.0
+        weight = torch.from_numpy(rng.normal(1, 0.3, width).astype(np.float32)).to(x.dtype)
+        for plus_one in (False, True) if not in_t else (False,):
+            w = weight.float() + 1.0 if plus_one else weight.float()
+            form = cuda_norm.NormForm(1e-6, in_t, plus_one)
+            y = cuda_norm.norm(x.to(DEVICE), weight.to(DEVICE), form).cpu()
+            expected = float_oracle.norm(x.float().numpy(), w.numpy(), 1e-6, in_t, dtype)
+            assert np.array_equal(y.float().numpy(), expected)
+            assert torch.equal(y, float_ops.norm_rows(x, float_ops.Norm(w, 1e-6, in_t), isa=isa))
+        y = cuda_norm.norm(x.to(DEVICE), None, cuda_norm.NormForm(1e-6)).cpu()
+        assert np.array_equal(y.float().numpy(), float_oracle.norm(x.float().numpy(), None, 1e-6, False, dtype))
+
+
+@kernels
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gemma4"])
+def test_norms_of_models_are_the_cpus(architecture):
+    """Each module's own order of roundings, as `decoder.norms` reads it off."""
+    model = tiny.float_model(tiny.config(architecture)).to(torch.bfloat16)
+    isa = cpu.supported_isas()[0]
+    parts = [part for module in model.modules() if (part := norm_part(module)) is not None]
+    assert len(parts) >= 5
+    for part in parts:
+        weight = getattr(part.module, "weight", None)
+        width = 64 if weight is None else weight.numel()
+        if weight is not None:
+            weight.data = torch.linspace(-0.5, 1.5, width).to(torch.bfloat16)
+        x = torch.linspace(-3, 5, 2 * width).reshape(2, width).to(torch.bfloat16)
+        on_device = None if weight is None else weight.detach().to(DEVICE)
+        y = cuda_norm.norm(x.to(DEVICE), on_device, norm_form(part)).cpu()
+        assert torch.equal(y, float_ops.norm_rows(x, part.norm(), isa=isa))
+
+
+@pytest.mark.skipif(not GPU or INTERPRETED, reason="needs a GPU")
+def test_a_model_on_a_gpu_has_them():
+    model = tiny.float_model(tiny.config("gemma4")).to("cuda", torch.bfloat16)
+    assert install_norms(model) >= 10
+    isa = cpu.supported_isas()[0]
+    x = torch.linspace(-3, 5, 128).reshape(2, 64).to(torch.bfloat16)
+    with torch.inference_mode():
+        y = model.model.norm(x.cuda()).cpu()
+    assert torch.equal(y, float_ops.norm_rows(x, norm_part(model.model.norm).norm(), isa=isa))
+
+
+def test_a_model_on_the_cpu_keeps_its_norms():
+    model = tiny.float_model(tiny.config("llama"))
+    assert install_norms(model) == 0
+    assert not any(hasattr(module, "bytelane_norm") for module in model.modules())
+
+
+@kernels
+def test_norms_refuse_what_does_not_fit():
+    x = torch.zeros(1, 8, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(ValueError, match="multiplies in"):
+        cuda_norm.norm(x, torch.ones(8, device=DEVICE), cuda_norm.NormForm(1e-6, True))
+    with pytest.raises(ValueError, match="weight must be 8"):
+        cuda_norm.norm(x, torch.ones(9, device=DEVICE), cuda_norm.NormForm(1e-6))
+    with pytest.raises(ValueError, match="16384"):
+        cuda_norm.norm(x.new_zeros(1, 20000), None, cuda_norm.NormForm(1e-6))

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bytelane.kernels import cuda
-from bytelane.kernels.triton_configs import CodesTile, FusedTile
+from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, Tile
 from bytelane.kernels.triton_launch import Launch
 
 pytestmark = pytest.mark.skipif(
@@ -91,12 +91,13 @@ def operands(n: int, k: int, bits: int, m: int) -> tuple[Tensor, ...]:
     return x, rows, torch.ones(n, 1), scale, scale
 
 
-def linear(m: int, tile: FusedTile | CodesTile, bits: int = 4) -> Callable[[], object]:
+def linear(m: int, tile: Tile, bits: int = 4) -> Callable[[], object]:
     args = operands(128, 512, bits, m)
     return lambda: cuda.linear(*args, None, bits, tile=tile)
 
 
 CALLS: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "decode": (linear(3, DecodeTile(4, 64, 2)), ["decode_linear"]),
     "fused": (linear(1, FusedTile(64, 64, 1, 4, 3)), ["fused_linear"]),
     "codes": (linear(20, CodesTile(64, 32, 64, 8, 4, 3)), ["quantize_planes", "codes_linear"]),
     "shared K": (linear(16, CodesTile(64, 16, 32, 8, 4, 3, splits=4), 2), ["quantize_planes", "codes_linear"]),
@@ -148,3 +149,27 @@ def test_unaligned_tensors_get_code_of_their_own(recorder: Recorder) -> None:
     cuda.linear(x, moved, scales, s_in, s_out, None, 4, tile=tile)
     aligned, unaligned = recorder.launches
     assert aligned[5] != unaligned[5]
+
+
+@pytest.mark.parametrize("name", ["decode", "fused", "codes", "shared K"])
+def test_launches_that_overlap_the_one_before_compile(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As on Hopper: with the wait for the kernel before, and the weights asked for ahead of it."""
+    monkeypatch.setattr(cuda, "overlaps", lambda device: True)
+    call, kernels = CALLS[name]
+    call()
+    assert [launch[0] for launch in recorder.launches] == kernels
+
+
+def test_no_byte_of_a_row_is_asked_for_twice_or_past_its_end() -> None:
+    for n, k, bits in ((1536, 12288, 4), (12288, 1536, 2), (64, 128, 8), (262144, 1536, 2), (5, 32, 4)):
+        form = cuda.layout(n, k, bits, 0)
+        for bn, warps in ((4, 8), (16, 8), (32, 4), (128, 4)):
+            size, pieces = cuda._prefetch(form, True, True, bn, warps)
+            assert size % 16 == 0
+            assert size * pieces <= form.row_bytes
+            assert size == 0 or pieces & (pieces - 1) == 0
+            assert bn * pieces <= max(32 * warps, bn)
+    assert cuda._prefetch(cuda.layout(8, 8, 4, 0), True, True, 4, 4)[0] == 0
+    assert cuda._prefetch(cuda.layout(1536, 12288, 4, 0), False, True, 4, 4)[0] == 0

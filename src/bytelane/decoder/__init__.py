@@ -9,6 +9,7 @@ the same formulas (csrc/cpu/float_ops.hpp, attention.hpp), rounded to the activa
     merge.py      projections that read one tensor as one matrix, each with its own output scale
     native.py     a layer as one native object
     stack.py      one token through all layers in one native call
+    norms.py      the norms of a model on a CUDA device, one launch each
     forward.py    the forward itself: native; or step by step, the same bits, where a linear layer is watched or foreign
 
 Modules, names and classes stay transformers'. A call that asks for more than the layer's result (attention weights,

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from bytelane.cache import GrowingCache, grows
 from bytelane.decoder.native import NativeLayer, build
+from bytelane.decoder.norms import install_norms
 from bytelane.decoder.parts import NormPart, NotSupportedError, Parts, norm_part, read_parts
 from bytelane.dispatch import FLOATS, machine
 from bytelane.errors import ConfigError
@@ -269,7 +270,7 @@ def install_decoder(
     """Give a model's decoder layers, and the norms around them, bytelane's forward.
 
     Sets `model.bytelane_float_ops` to `"native"` or `"torch"`; `refusals(model)` says which layers stayed as they were
-    and why.
+    and why. On a CUDA device `auto` gives the norms bytelane's kernel and leaves the rest to torch.
 
     Args:
         model: as loaded, on its device.
@@ -285,7 +286,10 @@ def install_decoder(
     state: Any = model
     state.bytelane_float_ops = "torch"
     on_cpu = model.device.type == "cpu"
-    if choice == "torch" or (choice == "auto" and (numerics is not Numerics.INTEGER or not on_cpu)):
+    if choice == "torch" or (choice == "auto" and numerics is not Numerics.INTEGER):
+        return
+    if choice == "auto" and not on_cpu:
+        install_norms(model)
         return
     decoder: Any = model.get_decoder()
     installed = 0

@@ -20,7 +20,8 @@ from torch import Tensor
 from bytelane.kernels import triton_configs as configs
 from bytelane.kernels.cuda_weight_only import linear_weight_only
 from bytelane.kernels.triton_codes import code_shift, planes
-from bytelane.kernels.triton_configs import CodesTile, FusedTile, power_of_two
+from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, Tile, power_of_two
+from bytelane.kernels.triton_decode import decode_linear
 from bytelane.kernels.triton_launch import (
     ALIGNED,
     GROUP_BITS,
@@ -85,12 +86,44 @@ def _check_output_scale(scale: Tensor | None, n: int) -> None:
         require(scale, torch.float32, n if scale.dim() == 1 and scale.numel() == n else 1, "output_scale")
 
 
+def _prefetch(form: Layout, overlapping: bool, aligned: bool, bn: int, warps: int) -> tuple[int, int]:
+    """What of each row of the weight to ask for before the kernel before is done: bytes of a piece, and pieces."""
+    wanted = min(form.row_bytes, PREFETCH_BYTES // form.out_features) // ALIGNED
+    if not overlapping or not aligned or form.row_bytes % ALIGNED or not wanted:
+        return 0, 1
+    pieces = min(max(32 * warps // bn, 1), power_of_two(wanted + 1) // 2)
+    return wanted // pieces * ALIGNED, pieces
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_launch(form: Layout, m: int, tile: DecodeTile, outputs: int, has_bias: bool, overlapping: bool) -> Launch:
+    n, k, bits, row_bytes, *_ = form
+    ahead, pieces = _prefetch(form, overlapping, True, tile.bn, tile.warps)
+    constants = {
+        "BITS": bits,
+        "PLANES": planes(bits),
+        "SHIFT": code_shift(bits, k),
+        "OUTPUTS": outputs,
+        "BIAS": has_bias,
+        "STEPS": triton.cdiv(row_bytes // 4, tile.bw),
+        "BN": tile.bn,
+        "BM": power_of_two(m),
+        "BW": tile.bw,
+        "PDL": overlapping,
+        "PREFETCH": ahead > 0,
+        "PIECES": pieces,
+    }
+    numbers = (m, n, k, row_bytes // 4, ahead)
+    grid = (triton.cdiv(n, tile.bn), 1)
+    return Launch(decode_linear, grid, numbers, constants, tile.warps, overlaps=overlapping)
+
+
 @functools.lru_cache(maxsize=4096)
 def _fused_launch(
     form: Layout, m: int, tile: FusedTile, outputs: int, has_bias: bool, overlapping: bool, aligned: bool
 ) -> Launch:
     n, k, bits, row_bytes, groups, group_blocks = form
-    prefetch = min(row_bytes, PREFETCH_BYTES // n) // ALIGNED * ALIGNED
+    ahead, pieces = _prefetch(form, overlapping, aligned, tile.bn, tile.warps)
     constants = {
         "BITS": bits,
         "PLANES": planes(bits),
@@ -104,9 +137,10 @@ def _fused_launch(
         "BB": tile.bb,
         "SPLIT": tile.split,
         "PDL": overlapping,
-        "PREFETCH": prefetch if overlapping and aligned and row_bytes % ALIGNED == 0 else 0,
+        "PREFETCH": ahead > 0,
+        "PIECES": pieces,
     }
-    numbers = (m, n, k, row_bytes, groups, group_blocks)
+    numbers = (m, n, k, row_bytes, groups, group_blocks, ahead)
     return Launch(fused_linear, (triton.cdiv(n, tile.bn), 1), numbers, constants, tile.warps, tile.stages, overlapping)
 
 
@@ -190,7 +224,7 @@ def linear(
     group_size: int = 0,
     *,
     launches: int = 0,
-    tile: FusedTile | CodesTile | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """See `numerics.linear_integer`; `weight` are canonical rows.
 
@@ -203,9 +237,9 @@ def linear(
         bias: `[N]` or None.
         num_bits: the width.
         group_size: inputs in a group, 0 for one scale per channel.
-        launches: 1 for everything in one (at most `FUSED_ROWS` rows), 2 for any number of rows, 0 for what the table
-            of tiles says.
-        tile: instead of the table's; it decides the launches too.
+        launches: 1 for `fused_linear` (at most `FUSED_ROWS` rows), 2 for `codes_linear`, 0 for what the table of tiles
+            says.
+        tile: instead of the table's; it decides the kernel too.
     """
     k, n = x.shape[-1], weight.shape[0]
     form = layout(n, k, num_bits, group_size)
@@ -223,13 +257,19 @@ def linear(
     if m == 0 or n == 0:
         return y
     layer = _Layer(weight, weight_scale, input_scale, output_scale, bias)
+    aligned = weight.data_ptr() % ALIGNED == 0
     if tile is None:
+        launches = launches or int(m <= configs.DECODE_ROWS and not aligned)
         tile = configs.linear_tile(device_class(x.device), m, n, k, num_bits, group_size, launches, x.itemsize)
     if isinstance(tile, CodesTile):
         _codes(x, layer, y, m, form, tile)
+        return y
+    overlapping = tile.pdl and overlaps(x.device)
+    if isinstance(tile, DecodeTile):
+        if not (aligned and configs.decodable(m, k, num_bits, group_size)):
+            raise ValueError(f"no words of 16 bytes: {m} rows, {k} inputs of {num_bits} bits, groups of {group_size}")
+        _decode_launch(form, m, tile, layer.outputs, bias is not None, overlapping)(x, *layer.tensors, y)
     else:
-        overlapping = tile.pdl and overlaps(x.device)
-        aligned = weight.data_ptr() % ALIGNED == 0
         _fused_launch(form, m, tile, layer.outputs, bias is not None, overlapping, aligned)(x, *layer.tensors, y)
     return y
 

@@ -141,6 +141,24 @@ def plane_of_blocks(rows, blocks, mask, row_bytes, P: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
+def prefetch_rows(rows, size, PIECES: tl.constexpr):
+    """Start moving the first PIECES times `size` bytes of each row to the second-level cache; sm_90.
+
+    `size` and the rows are multiples of 16. With as many pieces as there are threads for each row, every thread asks
+    for one of its own; with fewer, several would ask for the same, and each request takes its time in the cache.
+    """
+    at = rows.to(tl.int64)[:, None] + (tl.arange(0, PIECES) * size)[None, :]
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;",
+        "=r,l,r",
+        [at, tl.zeros(at.shape, tl.int32) + size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_floats(x_rows, in_rows, first, end, in_features, BB: tl.constexpr, PLANES: tl.constexpr):
     """Activations that meet BB blocks of codes from block `first` on: `[rows, BB * PLANES]`, 0 from block `end` on.
 
@@ -232,37 +250,36 @@ def group_ratio(weight_scale, input_scale, s_out, channels, in_channels, g, grou
 
 
 @triton.jit
-def channel_terms(
-    weight_scale,
-    input_scale,
-    s_out,
-    bias,
-    channels,
-    in_channels,
-    OUTPUTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    GROUPED: tl.constexpr,
-):
+def load_channels(weight_scale, bias, channels, in_channels, BIAS: tl.constexpr, GROUPED: tl.constexpr):
+    """What `channel_terms` computes with: `(s_w[n], bias[n])`, 0 for what there is not."""
+    scale = tl.zeros_like(channels).to(tl.float32)
+    late = tl.zeros_like(channels).to(tl.float32)
+    if not GROUPED:
+        scale = tl.load(weight_scale + channels, mask=in_channels, other=0.0)
+    if BIAS:
+        late = tl.load(bias + channels, mask=in_channels, other=0.0)
+    return scale, late
+
+
+@triton.jit
+def channel_terms(scale, late, input_scale, s_out, OUTPUTS: tl.constexpr, BIAS: tl.constexpr, GROUPED: tl.constexpr):
     """What an epilogue needs of each channel: `(r[n], int32 bias, float bias)`, 0 for what it has not.
 
-    Kernels ask for it before they walk K, so that the loads are done when the sums are.
+    `scale` and `late` are `load_channels`'s, which kernels call before they walk K, so that the loads are done when the
+    sums are.
     """
-    nothing = tl.zeros_like(channels)
-    ratio = nothing.to(tl.float32)
-    early = nothing
-    late = nothing.to(tl.float32)
+    ratio = tl.zeros_like(scale)
+    early = tl.zeros_like(scale).to(tl.int32)
     if not GROUPED:
-        unit = input_scale * tl.load(weight_scale + channels, mask=in_channels, other=0.0)
+        unit = input_scale * scale
         ratio = unit
         if OUTPUTS > 0:
             ratio = tl.math.div_rn(unit, s_out + tl.zeros_like(unit))
-    if BIAS:
-        late = tl.load(bias + channels, mask=in_channels, other=0.0)
-        if OUTPUTS > 0:
-            if GROUPED:
-                late = tl.math.div_rn(late, s_out + tl.zeros_like(late))
-            else:
-                early = rounded_to_int(tl.math.div_rn(late, unit))
+    if BIAS and OUTPUTS > 0:
+        if GROUPED:
+            late = tl.math.div_rn(late, s_out + tl.zeros_like(late))
+        else:
+            early = rounded_to_int(tl.math.div_rn(late, unit))
     return ratio, early, late
 
 

@@ -1,8 +1,8 @@
 """Tile shapes of the Triton kernels: one readable table by device class, and a rule for everything else.
 
-A configuration never changes a bit of an integer layer, only its time. The rows for 2 and 4 bits follow a sweep of
-`benchmarks/gpu_tune.py` on the device they name; those for 8 bits and for 1024 rows are carried over from their
-neighbours, and timed (benchmarks/results/gpu_linear_h100.json) but not tuned. Other devices take the same rows with
+A configuration never changes a bit of an integer layer, only its time. The rows follow sweeps of
+`benchmarks/gpu_tune.py` on the device they name (benchmarks/results/gpu_tune_h100.json is one), but for 8 bits at 5 to
+256 rows and 4 bits at 1024, which are carried over from their neighbours. Other devices take the same rows with
 at most three stages, which fit their smaller shared memory. Configurations are few on purpose: each is one
 compilation of a second or two, kept in Triton's cache on disk.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bytelane.kernels.triton_codes import planes
+from bytelane.kernels.triton_codes import MAX_SCALED_FEATURES, planes
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class FusedTile:
 
 
 @dataclass(frozen=True)
+class DecodeTile:
+    """Of `decode_linear`: output channels, 4-byte words of each row at a time, warps, overlap."""
+
+    bn: int
+    bw: int
+    warps: int
+    pdl: bool = True
+
+
+@dataclass(frozen=True)
 class CodesTile:
     """Of `codes_linear`: output channels, rows, blocks of codes, channel tiles in a band, warps, stages, parts of K."""
 
@@ -44,6 +54,12 @@ class CodesTile:
     warps: int
     stages: int
     splits: int = 1
+
+
+Tile = DecodeTile | FusedTile | CodesTile
+
+DECODE_ROWS = 4
+"""The most rows of `decode_linear`: byte dots cost one instruction for each row, four codes and channel."""
 
 
 def power_of_two(n: int) -> int:
@@ -65,7 +81,7 @@ class Row:
     """
 
     rows: int
-    tile: FusedTile | CodesTile
+    tile: Tile
     bits: int | None = None
     out_features: int = 1 << 40
     least_in: int = 0
@@ -79,23 +95,38 @@ NARROW = 4095
 TABLE: dict[str, tuple[Row, ...]] = {
     # H100, 132 multiprocessors
     "sm90": (
-        # one launch
+        # one row: byte dots, but where 2 bits leave few bytes to read
+        Row(1, FusedTile(16, 1024, 8, 8, 4), bits=2, out_features=NARROW, least_in=4096),
+        Row(1, DecodeTile(4, 1024, 8), bits=4, out_features=NARROW),
+        Row(1, DecodeTile(4, 1024, 8), bits=8, out_features=NARROW),
+        Row(1, DecodeTile(32, 128, 4), bits=2, least_in=4096),
+        Row(1, DecodeTile(32, 128, 4), bits=4, least_in=4096),
+        Row(1, DecodeTile(16, 128, 4), bits=8, least_in=4096),
+        Row(1, DecodeTile(32, 128, 8), bits=4, least_in=2560),
+        Row(1, DecodeTile(16, 256, 8), bits=8, least_in=2560),
+        Row(1, DecodeTile(16, 256, 4), bits=4),
+        Row(1, DecodeTile(32, 128, 8), bits=8),
+        # one launch on tensor cores
+        Row(4, FusedTile(16, 1024, 8, 8, 4), out_features=NARROW, least_in=4096),
         Row(4, FusedTile(16, 512, 4, 4, 5), bits=2, out_features=NARROW),
         Row(4, FusedTile(16, 512, 8, 8, 4), bits=4, out_features=NARROW),
         Row(4, FusedTile(16, 1024, 8, 8, 4), bits=8, out_features=NARROW),
-        Row(2, FusedTile(64, 128, 1, 4, 5), bits=2, least_in=4096),
+        Row(2, FusedTile(64, 128, 1, 4, 5), bits=2, least_in=2560),
         Row(2, FusedTile(64, 128, 1, 4, 3), bits=2),
-        Row(2, FusedTile(64, 256, 1, 4, 3)),
         Row(4, FusedTile(128, 128, 1, 4, 5), bits=2, least_in=4096),
+        Row(4, FusedTile(128, 128, 1, 4, 3), bits=2),
+        Row(4, FusedTile(64, 128, 1, 4, 5)),
         # two: quantizing long rows in every program costs more than a launch
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
         Row(16, FusedTile(16, 256, 4, 4, 4), out_features=NARROW),
+        Row(16, FusedTile(128, 128, 1, 4, 3), bits=2, least_in=4096),
+        Row(16, CodesTile(64, 16, 128, 8, 4, 4), bits=2, least_in=2560),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2),
         Row(16, FusedTile(128, 128, 1, 4, 5)),
         Row(32, CodesTile(64, 32, 128, 8, 4, 4), programs=132),
         Row(64, CodesTile(64, 64, 128, 8, 4, 3), bits=2, programs=132),
         Row(64, CodesTile(64, 64, 128, 8, 4, 4), programs=132),
-        Row(256, CodesTile(64, 64, 64, 8, 4, 4), bits=2, out_features=NARROW, programs=264),
+        Row(256, CodesTile(64, 64, 128, 8, 4, 3), bits=2, out_features=NARROW, programs=264),
         Row(256, CodesTile(64, 64, 128, 8, 4, 4), out_features=NARROW, programs=264),
         Row(256, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=12288),
         Row(256, CodesTile(128, 64, 64, 8, 4, 3), bits=4, out_features=12288),
@@ -104,10 +135,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(256, CodesTile(128, 128, 64, 8, 8, 4), bits=4),
         Row(ANY, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=NARROW),
         Row(ANY, CodesTile(128, 64, 128, 8, 8, 3), bits=4, out_features=NARROW),
-        Row(ANY, CodesTile(128, 64, 128, 8, 4, 3), bits=8, out_features=NARROW),
-        Row(ANY, CodesTile(256, 64, 64, 8, 8, 3), bits=2),
+        Row(1024, CodesTile(128, 64, 128, 8, 4, 4), bits=8, out_features=NARROW),
+        Row(ANY, CodesTile(128, 128, 128, 8, 8, 4), bits=8, out_features=NARROW),
+        Row(ANY, CodesTile(256, 64, 64, 8, 8, 3), bits=2, least_in=4096),
+        Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=2),
         Row(ANY, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
-        Row(ANY, CodesTile(128, 128, 128, 8, 4, 3)),
+        Row(ANY, CodesTile(128, 128, 128, 8, 8, 3)),
     ),
 }
 
@@ -142,9 +175,14 @@ def _within(tile: FusedTile, rows: int, num_bits: int, itemsize: int, shared: in
     return _within(dataclasses.replace(tile, stages=stages, bb=bb), rows, num_bits, itemsize, shared)
 
 
-def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: int) -> FusedTile | CodesTile:
+def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: int) -> Tile:
     """The tile of a row of the table, its blocks and splits made for a layer."""
     tile, blocks = row.tile, -(-in_features // planes(num_bits))
+    if isinstance(tile, DecodeTile):
+        words = in_features * num_bits // 32
+        # a short row takes fewer warps, so that every thread still loads 16 bytes of it
+        bw = max(min(tile.bw, power_of_two(words)), 128)
+        return dataclasses.replace(tile, bw=bw, warps=max(tile.warps * bw // tile.bw, 1))
     least = 32 * tile.split if isinstance(tile, FusedTile) else 32
     dividing = blocks & -blocks
     bb = min(tile.bb, dividing) if dividing >= 2 * least else tile.bb
@@ -153,6 +191,18 @@ def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: 
     tiles = -(-out_features // tile.bn) * -(-rows // tile.bm)
     splits = max(1, min(8, row.programs // max(tiles, 1), blocks // (4 * bb)))
     return dataclasses.replace(tile, bb=bb, splits=splits)
+
+
+def decodable(rows: int, in_features: int, num_bits: int, group_size: int) -> bool:
+    """Whether `decode_linear` takes a layer: few rows, whole bytes, one scale per channel, rows of whole 16 bytes."""
+    channels = group_size in (0, in_features)
+    return (
+        0 < rows <= DECODE_ROWS
+        and 8 % num_bits == 0
+        and channels
+        and 0 < in_features <= MAX_SCALED_FEATURES
+        and in_features * num_bits % 128 == 0
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,7 +215,7 @@ def linear_tile(
     group_size: int,
     launches: int = 0,
     itemsize: int = 2,
-) -> FusedTile | CodesTile:
+) -> Tile:
     """The tile of an integer layer.
 
     Args:
@@ -175,7 +225,7 @@ def linear_tile(
         in_features: K.
         num_bits: the width.
         group_size: inputs in a group, 0 for one scale per channel.
-        launches: 1 for a `FusedTile` (up to 16 rows), 2 for a `CodesTile`, 0 for the better of the two.
+        launches: 1 for a `FusedTile` (up to 16 rows), 2 for a `CodesTile`, 0 for whatever is best.
         itemsize: bytes of an activation.
     """
     if 8 % num_bits:
@@ -183,9 +233,11 @@ def linear_tile(
     if 0 < group_size < in_features:
         bb = _group_blocks(num_bits, group_size)
         codes = CodesTile(128, 64, bb, 8, 8, 3)
-        tile: FusedTile | CodesTile = FusedTile(64, bb, 1, 4, 4) if launches != 2 and rows <= 16 else codes
+        tile: Tile = FusedTile(64, bb, 1, 4, 4) if launches != 2 and rows <= 16 else codes
     else:
-        kind = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
+        kind: tuple[type[Tile], ...] = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
+        if launches == 0 and decodable(rows, in_features, num_bits, group_size):
+            kind = (DecodeTile, *kind)
         found = next(
             row
             for row in TABLE.get(device, TABLE[OTHERS])
@@ -198,4 +250,6 @@ def linear_tile(
         tile = _fitted(found, rows, out_features, in_features, num_bits)
     if isinstance(tile, FusedTile):
         return _within(tile, rows, num_bits, itemsize, SHARED_BYTES.get(device, 90 << 10))
+    if isinstance(tile, DecodeTile):
+        return tile
     return tile if device in TABLE else dataclasses.replace(tile, stages=min(tile.stages, 3))

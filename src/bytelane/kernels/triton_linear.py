@@ -32,27 +32,15 @@ from bytelane.kernels.triton_codes import (
     finish,
     group_ratio,
     load_bytes,
+    load_channels,
     load_floats,
     load_output_scale,
     load_plane,
+    prefetch_rows,
     quantize_codes,
     rounded_to,
     split_planes,
 )
-
-
-@triton.jit
-def prefetch_rows(rows, BYTES: tl.constexpr):
-    """Start moving the first BYTES of each row (16-byte aligned, a multiple of 16) to the second-level cache; sm_90."""
-    count = tl.full(rows.shape, BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;",
-        "=r,l,r",
-        [rows.to(tl.int64), count],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,6 +58,7 @@ def fused_linear(
     row_bytes,
     groups,
     group_blocks,
+    ahead,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -83,6 +72,7 @@ def fused_linear(
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """One launch: `x` `[M, K]` floats to `y` `[M, N]`, M <= BM.
 
@@ -100,6 +90,7 @@ def fused_linear(
         row_bytes: bytes in a row of the weight.
         groups: scales in a channel.
         group_blocks: blocks of codes in a group, all of a row's without groups.
+        ahead: bytes of a piece.
         BITS: N-bit weights.
         PLANES: codes in a block.
         SHIFT: of the accumulator.
@@ -112,7 +103,8 @@ def fused_linear(
         BB: blocks of a tile.
         SPLIT: parts of a tile that different warps multiply.
         PDL: launched while the kernel before it may still run (programmatic dependent launch, sm_90).
-        PREFETCH: bytes of each row of the weight to ask for before waiting for that kernel; 0 for none.
+        PREFETCH: whether to ask for pieces of the weight's rows before waiting for that kernel.
+        PIECES: pieces of each row to ask for, one by each thread.
     """
     channels = tl.program_id(0) * BN + tl.arange(0, BN)
     in_channels = channels < out_features
@@ -121,9 +113,9 @@ def fused_linear(
     if PDL:
         # The kernel before may still be at work on what this one reads, or on what it overwrites. The weights are
         # nobody's: they start on their way to the second-level cache before the wait.
-        if PREFETCH > 0:
+        if PREFETCH:
             rows_at = weight + tl.minimum(channels, out_features - 1).to(tl.int64) * row_bytes
-            prefetch_rows(rows_at, PREFETCH)
+            prefetch_rows(rows_at, ahead, PIECES)
         gdc_wait()
         gdc_launch_dependents()
     s_in = tl.load(input_scale)
@@ -131,7 +123,8 @@ def fused_linear(
     column = channels[:, None]
     in_column = in_channels[:, None]
     s_out = load_output_scale(output_scale, column, in_column, OUTPUTS)
-    ratio, early, late = channel_terms(weight_scale, s_in, s_out, bias, column, in_column, OUTPUTS, BIAS, GROUPED)
+    scale, late = load_channels(weight_scale, bias, column, in_column, BIAS, GROUPED)
+    ratio, early, late = channel_terms(scale, late, s_in, s_out, OUTPUTS, BIAS, GROUPED)
     total = tl.full((BN, BM), -0.0, tl.float32)
     acc = tl.zeros((BN, BM), tl.int32)
     parts = tl.zeros((SPLIT, BN, BM), tl.int32)
@@ -234,7 +227,8 @@ def codes_linear(
     column = channels[:, None]
     in_column = in_channels[:, None]
     s_out = load_output_scale(output_scale, column, in_column, OUTPUTS)
-    ratio, early, late = channel_terms(weight_scale, s_in, s_out, bias, column, in_column, OUTPUTS, BIAS, GROUPED)
+    scale, late = load_channels(weight_scale, bias, column, in_column, BIAS, GROUPED)
+    ratio, early, late = channel_terms(scale, late, s_in, s_out, OUTPUTS, BIAS, GROUPED)
     total = tl.full((BN, BM), -0.0, tl.float32)
     acc = tl.zeros((BN, BM), tl.int32)
     row_blocks = group_blocks * groups

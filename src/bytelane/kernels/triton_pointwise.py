@@ -1,11 +1,18 @@
-"""Requantization and embedding lookup in Triton: one pass over what they read, the bits of `numerics`."""
+"""Requantization, embedding lookup and norms in Triton: one pass over what they read, the bits of the CPU."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from bytelane.kernels.triton_codes import channel_terms, finish, group_ratio, load_output_scale, rounded_to
+from bytelane.kernels.triton_codes import (
+    channel_terms,
+    finish,
+    group_ratio,
+    load_channels,
+    load_output_scale,
+    rounded_to,
+)
 
 
 @triton.jit
@@ -29,7 +36,8 @@ def requantize_rows(
     inside = channels < out_features
     s_in = tl.load(input_scale)
     s_out = load_output_scale(output_scale, channels, inside, OUTPUTS)
-    ratio, early, late = channel_terms(weight_scale, s_in, s_out, bias, channels, inside, OUTPUTS, BIAS, GROUPED)
+    scale, late = load_channels(weight_scale, bias, channels, inside, BIAS, GROUPED)
+    ratio, early, late = channel_terms(scale, late, s_in, s_out, OUTPUTS, BIAS, GROUPED)
     at = acc + (row * out_features + channels) * groups
     if GROUPED:
         total = tl.full((BN,), -0.0, tl.float32)
@@ -81,3 +89,40 @@ def gather_rows(
     value = rounded_to(codes.to(tl.float32) * rounded_to(scale, dtype).to(tl.float32), dtype)
     value = value.to(tl.float32) * embed_scale
     tl.store(y + position * embedding_dim + k, rounded_to(value, dtype), mask=inside)
+
+
+@triton.jit
+def norm_rows(
+    x,
+    weight,
+    y,
+    width,
+    eps,
+    WEIGHT: tl.constexpr,
+    IN_T: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`T(x * r * w)` of rows `[M, width]`, or `T(w * T(x * r))` (IN_T), `r = 1 / sqrt(f32(mean of x^2) + eps)`.
+
+    The mean is in float64, where sums of squares of 16-bit floats are exact unless they lie 2^26 apart; so the order of
+    the sum is free, and the bits are the CPU's (csrc/cpu/float_ops.hpp). PLUS_ONE: the weight is stored less 1.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < width
+    values = tl.load(x + row * width + k, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHT:
+        w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    wide = values.to(tl.float64)
+    mean = (tl.sum(wide * wide, 0) / width).to(tl.float32)
+    root = tl.math.sqrt_rn(mean + eps)
+    normal = values * tl.math.div_rn(1.0, root)
+    dtype: tl.constexpr = y.dtype.element_ty
+    if WEIGHT:
+        if IN_T:
+            normal = rounded_to(normal, dtype).to(tl.float32)
+        if PLUS_ONE:
+            w = 1.0 + w
+        normal = normal * w
+    tl.store(y + row * width + k, rounded_to(normal, dtype), mask=inside)
