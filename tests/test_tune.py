@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -67,6 +68,10 @@ def student_of(model: nn.Module, **values: Any) -> Any:
 # --- one layer ---------------------------------------------------------------------------------------------------
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 def layer(bits: int, *, group_size: int | None = None, bias: bool = False, s_in: float | None = 0.03) -> TunedLinear:
     torch.manual_seed(bits)
     weight = nn.Parameter(torch.randn(20, 48) * 0.2)
@@ -106,6 +111,53 @@ def test_evaluation_is_the_integer_layer_and_training_has_its_values(bits, bias)
         made.log_weight_scale += 0.1
     made.eval()
     assert not torch.equal(made(x), evaluated)  # the integer layer is made anew
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_under_autocast_too_training_has_the_values_of_evaluation(bits, bias, device) -> None:
+    made = layer(bits, bias=bias).to(device)
+    x = (torch.randn(5, 7, 48) * 2).to(device, torch.bfloat16)
+    evaluated = made.eval()(x)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        trained = made.train()(x)
+        assert made(x.float()).dtype == torch.bfloat16  # as torch's own linear layers
+    assert torch.equal(trained, evaluated)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("s_in", [0.03, None])
+def test_gradients_under_autocast_are_those_in_float32(s_in, device) -> None:
+    made = layer(4, s_in=s_in, bias=True).to(device).train()
+    x, direction = torch.randn(300, 48, device=device), torch.randn(300, 20, device=device)
+    found = []
+    for mixed in (False, True):
+        x.grad = None
+        made.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+            y = made(x.requires_grad_())
+        (y * direction).sum().backward()
+        found.append([p.grad.clone() for p in (x, *made.parameters())])
+    # Without input codes the sums differ by up to a fifth of an output step, so what says which way an output was
+    # rounded, its scale's gradient, is another; those by x and the weight are not.
+    counted = None if s_in else 2
+    for exact, mixed_one in zip(*(f[:counted] for f in found), strict=True):
+        assert (mixed_one - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_backward"])
+def test_the_operations_of_training_pass_opcheck(name) -> None:
+    made = layer(4, bias=True)
+    x = torch.randn(6, 48)
+    given = (made.log_weight_scale, made.log_input_scale, made.log_output_scale)
+    held = [t.detach() for t in (x, made.weight, *given)]
+    if name == "linear":
+        arguments: tuple[Any, ...] = (*held, made.bias.detach(), -8, 7, torch.float32, False)
+    else:
+        _, codes, residual = torch.ops.bytelane_tune.linear(*held, made.bias.detach(), -8, 7, torch.float32, False)
+        arguments = (torch.randn(6, 20), *held, codes, residual, -8, 7, False, True)
+    torch.library.opcheck(getattr(torch.ops.bytelane_tune, name).default, arguments)
 
 
 def test_groups_and_float_inputs_train_close_to_what_evaluates() -> None:
@@ -280,6 +332,57 @@ def test_text_alone_needs_no_teacher() -> None:
     assert report.losses[-1] < report.losses[0]
     with pytest.raises(TuningError, match="needs the float model"):
         tune(student, None, make_windows(2), TuneSettings(steps=1))
+
+
+def test_a_kept_teacher_teaches_the_same() -> None:
+    torch.set_num_threads(1)
+    losses = []
+    for keep in (False, True):
+        settings = TuneSettings(steps=4, batch=4, accumulate=2, keep_teacher=keep, text_weight=0.1)
+        losses.append(tune(student_of(tied_llama()), tied_llama(), make_windows(), settings).losses)
+    assert losses[0] == losses[1]
+    capped = tiny.float_model(tiny.config("gemma3", final_logit_softcapping=5.0))
+    with pytest.raises(TuningError, match="leave `keep_teacher` out"):
+        tune(student_of(make("gemma3")), capped, make_windows(), TuneSettings(steps=1, batch=2, keep_teacher=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_recorded_step_is_the_eager_one(mixed_precision, keep) -> None:
+    """The same kernels in the same order; under bf16 what lies between layers is compiled and rounds less often."""
+    settings = TuneSettings(steps=12, batch=4, learning_rate=1e-3, evaluate_every=4, keep_teacher=keep)
+    found, reports = [], []
+    for eager in (True, False):
+        student = student_of(tied_llama().cuda())
+        run = Accelerator(mixed_precision=mixed_precision)
+        more = {"accelerator": run, "eager": eager, "evaluation": make_windows(2, seed=1)}
+        reports.append(tune(student, tied_llama(), make_windows(), settings, **more))
+        found.append({name: p.detach().clone() for name, p in student.named_parameters()})
+    assert [r.recorded for r in reports] == [False, True]
+    bound = 1e-5 if mixed_precision == "no" else 0.05  # attention's gradients are summed in no fixed order
+    assert reports[1].losses == pytest.approx(reports[0].losses, rel=bound)
+    for name, parameter in found[0].items():
+        assert (found[1][name] - parameter).norm() <= bound * parameter.norm() + 1e-6, name
+    last = evaluate(student, make_windows(2, seed=1))[0]
+    assert reports[1].evaluations[-1].perplexity == last
+
+
+@on_gpu
+def test_a_recorded_run_resumes(tmp_path) -> None:
+    def interrupt(_: str, done: int, __: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    settings = TuneSettings(steps=8, batch=4, learning_rate=1e-3, save_every=3)
+    whole, stopped = student_of(tied_llama().cuda()), student_of(tied_llama().cuda())
+    losses = tune(whole, tied_llama(), make_windows(), settings).losses
+    with pytest.raises(KeyboardInterrupt):
+        tune(stopped, tied_llama(), make_windows(), settings, state=tmp_path / "s", progress=interrupt)
+    again = student_of(tied_llama().cuda())
+    report = tune(again, tied_llama(), make_windows(), settings, state=tmp_path / "s", resume=True)
+    assert report.recorded
+    assert report.losses == pytest.approx(losses, rel=1e-5)
 
 
 # --- interruptions -----------------------------------------------------------------------------------------------

@@ -63,6 +63,9 @@ def tune(
         float, typer.Option(help="Weight of the text's own next tokens beside the float model's predictions.")
     ] = 0.0,
     hidden_weight: Annotated[float, typer.Option(help="Weight of the float model's hidden states.")] = 0.0,
+    keep_teacher: Annotated[
+        bool, typer.Option("--keep-teacher", help="Compute the float model's last hidden states once and keep them.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps between scores; 0 for one at the end.")] = 0,
     state: Annotated[Path | None, typer.Option(help="Folder for the run's state, to resume from.")] = None,
@@ -74,6 +77,9 @@ def tune(
         str, typer.Option(help="Of the float arithmetic in training: **no** or **bf16**, for GPUs.")
     ] = "no",
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU although there is a GPU.")] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Take a step's operations one by one on a GPU: not compiled, not recorded.")
+    ] = False,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -116,6 +122,7 @@ def tune(
         plain_rate=rate,
         text_weight=text_weight,
         hidden_weight=hidden_weight,
+        keep_teacher=keep_teacher,
         seed=seed,
         max_seconds=None if minutes is None else 60 * minutes,
         evaluate_every=evaluate_every,
@@ -139,6 +146,7 @@ def tune(
             dtype=chosen,
             mixed_precision=mixed_precision,
             cpu=cpu,
+            eager=eager,
             state=state,
             resume=resume,
             overwrite=overwrite,
@@ -160,7 +168,8 @@ def _summary(done: TunedCheckpoint) -> list[str]:
         f"wrote {done.output} as {done.storage}",
         f"modules      {done.modules} quantized; {done.shared_inputs} groups of layers share an input scale; "
         f"{done.kv_layers} layers have int8 cache scales",
-        f"training     {report.steps} steps, {report.tokens} tokens of {done.windows} windows, {report.seconds:.0f} s",
+        f"training     {report.steps} steps, {report.tokens} tokens of {done.windows} windows, {report.seconds:.0f} s "
+        f"after {report.start_seconds:.0f} s of preparation",
         f"loss         {first:.4f} at the start, {last:.4f} at the end",
     ]
     lines += [f"step {e.step:<8}perplexity {e.perplexity:.2f} over {e.tokens} tokens" for e in report.evaluations]

@@ -64,6 +64,7 @@ def tune_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     mixed_precision: str = "no",
     cpu: bool = False,
+    eager: bool = False,
     state: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -86,6 +87,7 @@ def tune_checkpoint(
         dtype: of what stays float in the checkpoint.
         mixed_precision: of the float arithmetic around the codes, `"no"` or `"bf16"`.
         cpu: train on the CPU although there is a GPU.
+        eager: see `tune`.
         state: a folder to save the run's state in; it stays after the run.
         resume: go on from there.
         overwrite: replace a checkpoint that is there.
@@ -121,6 +123,7 @@ def tune_checkpoint(
         state=state,
         resume=resume,
         accelerator=run,
+        eager=eager,
         progress=progress,
     )
     from_gguf = gguf_file is not None or Path(source).suffix == ".gguf"
