@@ -117,9 +117,7 @@ def through_input(gradient: Tensor, x: Tensor, reciprocal: Tensor, low: int, hig
     return (gradient * inside(residual)).to(x.dtype), (gradient * residual).sum()
 
 
-def weight_operand(
-    weight: Tensor, scale: Tensor, low: int, high: int, *, scaled: bool, dtype: torch.dtype
-) -> Tensor:
+def weight_operand(weight: Tensor, scale: Tensor, low: int, high: int, *, scaled: bool, dtype: torch.dtype) -> Tensor:
     """Weight codes, or `scaled` the values they stand for, in `dtype`; scales `[rows, 1]`."""
     codes, _ = round_weight(weight, scale, low, high)
     return (codes * scale if scaled else codes).to(dtype)

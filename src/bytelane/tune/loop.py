@@ -394,9 +394,7 @@ class _Step:
                 output = student(part, output_hidden_states=hidden)
                 if self.teacher is not None and settings.distills:
                     more = passing_cache(self.teacher.model) if _capturing(part) else {"use_cache": False}
-                    given = self.teacher.predict(
-                        part, kept[0] if kept else None, output_hidden_states=hidden, **more
-                    )
+                    given = self.teacher.predict(part, kept[0] if kept else None, output_hidden_states=hidden, **more)
             loss = torch.zeros((), device=ids.device)
             if settings.kl_weight or settings.text_weight:
                 # Every position's prediction is compared with the teacher's; the last one has no next token here.

@@ -89,9 +89,7 @@ def _through_input_kernel(gradient, x, reciprocal, out, sums, count, low, high, 
 
 
 @triton.jit
-def _weight_kernel(
-    weight, reciprocal, scale, out, columns, low, high, SCALED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _weight_kernel(weight, reciprocal, scale, out, columns, low, high, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     inverse = tl.load(reciprocal + row)
     factor = tl.load(scale + row)
@@ -106,9 +104,7 @@ def _weight_kernel(
 
 
 @triton.jit
-def _through_weight_kernel(
-    gradient, weight, reciprocal, factor, out, sums, columns, low, high, BLOCK: tl.constexpr
-):
+def _through_weight_kernel(gradient, weight, reciprocal, factor, out, sums, columns, low, high, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     inverse = tl.load(reciprocal + row)
     times = tl.load(factor)
@@ -234,9 +230,7 @@ def through_input(gradient: Tensor, x: Tensor, reciprocal: Tensor, low: int, hig
     return out, sums.sum()
 
 
-def weight_operand(
-    weight: Tensor, scale: Tensor, low: int, high: int, *, scaled: bool, dtype: torch.dtype
-) -> Tensor:
+def weight_operand(weight: Tensor, scale: Tensor, low: int, high: int, *, scaled: bool, dtype: torch.dtype) -> Tensor:
     """See `bytelane.tune.fake.weight_operand`."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     _weight_kernel[(weight.shape[0],)](
