@@ -96,8 +96,9 @@ class Losses:
 
 
 def _mask(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """None where attention is simply causal, also while recording: transformers then makes a mask to be on the safe
-    side, which keeps attention from its fast kernels.
+    """None where attention is simply causal, also while recording.
+
+    Then transformers would make a mask to be on the safe side, which keeps attention from its fast kernels.
     """
     local = kwargs.get("local_size")
     plain = kwargs.get("allow_is_causal_skip", False) and kwargs.get("attention_mask") is None
