@@ -6,14 +6,16 @@ folder to folder.
 """
 
 from bytelane.tune.export import export_checkpoint
-from bytelane.tune.loop import Evaluation, TuneReport, TuneSettings, TuningError, evaluate, make_optimizer, tune
+from bytelane.tune.loop import Evaluation, TuneReport, TuneSettings, evaluate, make_optimizer, tune
 from bytelane.tune.loss import hidden_loss, logits_loss
 from bytelane.tune.modules import TunedEmbedding, TunedLinear
 from bytelane.tune.student import Student, WithCache, prepare
+from bytelane.tune.teacher import Teacher, TuningError
 
 __all__ = [
     "Evaluation",
     "Student",
+    "Teacher",
     "TuneReport",
     "TuneSettings",
     "TunedEmbedding",

@@ -211,7 +211,7 @@ def evaluate(student: Student, windows: Sequence[Tensor], *, dtype: torch.dtype 
 
 def tune(
     student: Student,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Teacher | None,
     windows: Sequence[Tensor],
     settings: TuneSettings,
     *,
@@ -227,7 +227,8 @@ def tune(
 
     Args:
         student: see `prepare`.
-        teacher: the float model, or None where the settings need none. It is put on the student's device.
+        teacher: the float model, or None where the settings need none. It is put on the student's device. A `Teacher`
+            that has kept the states of these windows serves several runs.
         windows: int64 `[length]` token ids each, all of one length.
         settings: how.
         evaluation: windows to evaluate the integer model on, of other text.
@@ -277,19 +278,19 @@ def tune(
     with contextlib.ExitStack() as while_tuning:
         if record_it:
             while_tuning.enter_context(compiled(parts))
-            while_tuning.enter_context(plain_attention(student.model, teacher))
+            while_tuning.enter_context(plain_attention(student.model, getattr(teacher, "model", teacher)))
         given = None
         if teacher is not None:
-            given = Teacher(teacher, run)
-            if settings.keep_teacher:
+            given = teacher if isinstance(teacher, Teacher) else Teacher(teacher, run)
+            if settings.keep_teacher and given.states is None:
                 given.keep(text, settings.batch // (settings.accumulate * run.num_processes))
         one = _Step(run, module, given, settings, optimizer)
         take: Callable[..., Tensor] = one
         step = len(losses)
         if record_it and step < settings.steps:
             ready_for_capture(optimizer)
-            first = _inputs(text, given, list(range(settings.batch)))
-            take = CapturedStep(one.gradients, one.apply, one.forget, *first)
+            first = batch_indices(step, settings.batch, len(windows), settings.seed)
+            take = CapturedStep(one.gradients, one.apply, one.forget, *_inputs(text, given, first))
         start_seconds = time.perf_counter() - started
         reading = Losses()
         while step < settings.steps and (settings.max_seconds is None or spent < settings.max_seconds):
