@@ -405,9 +405,8 @@ def fake_linear(
     dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
     rows = x.reshape(-1, x.shape[-1])
     if log_weight_scale.shape[1] == 1:
-        y, _, _ = _linear(
-            rows, weight, log_weight_scale, log_input_scale, log_output_scale, bias, low, high, dtype, fast
-        )
+        arguments = (rows, weight, log_weight_scale, log_input_scale, log_output_scale, bias, low, high, dtype, fast)
+        y: Tensor = _linear(*arguments)[0]
     else:
         with torch.autocast(x.device.type, enabled=False):
             if log_input_scale is not None:

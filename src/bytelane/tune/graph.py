@@ -104,7 +104,8 @@ def _mask(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     plain = kwargs.get("allow_is_causal_skip", False) and kwargs.get("attention_mask") is None
     if plain and q_length == kv_length and (local is None or kv_length < local):
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+    made: Tensor | None = sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+    return made
 
 
 @contextmanager

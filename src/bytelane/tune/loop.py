@@ -156,7 +156,7 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
 @functools.lru_cache(maxsize=2)
 def _order(epoch: int, count: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def rate(done: float, warmup: float) -> float:
