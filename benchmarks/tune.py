@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from bytelane.evaluate import perplexity
 from bytelane.quantize import Recipe, load_float_model, read_documents, windows
-from bytelane.tune import Teacher, TuneSettings, evaluate, export_checkpoint, prepare, tune
+from bytelane.tune import Teacher, TuneSettings, evaluate, export_checkpoint, prepare, tune, written_windows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "w8a8o8": {"default_bits": 8, "embeddings": 8},
@@ -83,6 +83,8 @@ def main() -> None:
     for name, kind, default, meaning in EACH:
         parser.add_argument(name, type=kind, action="append", help=f"{meaning}, for each variant; {default}")
     parser.add_argument("--repeat", type=int, default=1, help="how often an epoch has the windows of --text")
+    parser.add_argument("--write", type=int, default=0, help="windows that the float model writes itself")
+    parser.add_argument("--write-batch", type=int, default=1024, help="windows that it writes at a time")
     parser.add_argument("--eager", action="store_true", help="neither compile nor record a step on a GPU")
     parser.add_argument("--no-keep", action="store_true", help="compute the teacher in every step")
     parser.add_argument("--window", type=int, default=512)
@@ -98,16 +100,22 @@ def main() -> None:
     run = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     teacher, tokenizer = load_float_model(given.model, device=run.device)
     text = windows(tokenizer, read_documents(given.text, "calibration"), length=given.window)
-    observed = text[: given.observe]
-    text *= given.repeat
+    first, observed = text, text[: given.observe]
+    text = first * given.repeat
     for path in given.more:
         text += windows(tokenizer, read_documents(path), length=given.window)
+    if given.write:
+        started = time.perf_counter()
+        with run.autocast():
+            text += written_windows(teacher, first, given.write, batch=given.write_batch)
+        print("wrote", given.write, "windows in", round(time.perf_counter() - started, 1), "s", flush=True)
     random.Random(0).shuffle(text)
     held = windows(tokenizer, read_documents(given.text, "evaluation"), length=given.window, limit=given.score)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "torch": torch.__version__.partition("+")[0],
         "windows": len(text),
+        "written_windows": given.write,
         "window": given.window,
         "evaluated_tokens": sum(w.numel() - 1 for w in held),
         "rotate": given.rotate,

@@ -30,6 +30,7 @@ from bytelane.tune import (
     logits_loss,
     prepare,
     tune,
+    written_windows,
 )
 from bytelane.tune import state as state_module
 from bytelane.tune.fake import fake_quantize_int8, round_weight
@@ -370,12 +371,15 @@ def test_a_recorded_step_is_the_eager_one(mixed_precision, keep) -> None:
         reports.append(tune(student, tied_llama(), make_windows(), settings, **more))
         found.append({name: p.detach().clone() for name, p in student.named_parameters()})
     assert [r.recorded for r in reports] == [False, True]
-    # Attention's gradients may be summed in no fixed order, and a code that flips moves a loss by some 1e-4.
-    bound = 1e-3 if mixed_precision == "no" else 0.03
-    assert reports[1].losses == pytest.approx(reports[0].losses, rel=bound)
     if mixed_precision == "no":
+        # Attention's gradients may be summed in no fixed order, and a code that flips moves a loss by some 1e-4.
+        assert reports[1].losses == pytest.approx(reports[0].losses, rel=1e-3)
         for name, parameter in found[0].items():
             assert (found[1][name] - parameter).norm() <= 0.02 * parameter.norm() + 1e-3, name
+    else:
+        # The logits of this model are small, and losses of 0.001 move by percents with how bfloat16 rounds them.
+        assert reports[1].losses == pytest.approx(reports[0].losses, rel=0.1)
+        assert sum(reports[1].losses) == pytest.approx(sum(reports[0].losses), rel=0.03)
     last = evaluate(student, make_windows(2, seed=1))[0]
     assert reports[1].evaluations[-1].perplexity == last
 
@@ -395,6 +399,17 @@ def test_a_recorded_run_resumes(tmp_path) -> None:
     report = tune(again, tied_llama(), make_windows(), settings, state=tmp_path / "s", resume=True)
     assert report.recorded
     assert report.losses == pytest.approx(losses, rel=1e-3)
+
+
+def test_the_float_model_writes_windows_of_its_own() -> None:
+    model, begun = tied_llama().eval(), make_windows(3, 40)
+    written = written_windows(model, begun, 5, batch=2, seed=1)
+    assert [w.shape for w in written] == [(40,)] * 5
+    assert all(torch.equal(w[:32], begun[i % 3][:32]) for i, w in enumerate(written))
+    assert not torch.equal(written[0], written[3])  # begun alike, sampled anew
+    assert all(map(torch.equal, written, written_windows(model, begun, 5, batch=2, seed=1)))
+    with pytest.raises(TuningError, match="begins with 32 tokens"):
+        written_windows(model, make_windows(3, 32), 1)
 
 
 # --- interruptions -----------------------------------------------------------------------------------------------
@@ -533,6 +548,10 @@ def test_the_command_tunes_stops_and_resumes(tmp_path, capsys) -> None:
     loaded = load_model(tmp_path / "out", float_ops="torch")
     assert loaded.config.tie_word_embeddings is True
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (
+        done["windows"]
+        < tune_command(tmp_path, capsys, "--window", "40", "--steps", "1", "--write", "40", "--overwrite")["windows"]
+    )
     again = tune_command(tmp_path, capsys, "--steps", "3", *state, "--resume", "--overwrite")
     assert again["report"]["losses"] == done["report"]["losses"]  # there was nothing left to do
     refused = tune_command(tmp_path, capsys, "--steps", "3")

@@ -53,6 +53,9 @@ def tune(
     evaluate: Annotated[
         int, typer.Option(min=0, help="Windows of the evaluation split to score the integer model on.")
     ] = 0,
+    write: Annotated[
+        int, typer.Option(min=0, help="Windows of text that the float model writes itself, to train on with the rest.")
+    ] = 0,
     step_count: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps, at most.")] = 500,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
@@ -142,6 +145,7 @@ def tune(
             window=window,
             observe=observe,
             evaluate=evaluate,
+            write=write,
             kv_cache=kv_cache,
             dtype=chosen,
             mixed_precision=mixed_precision,

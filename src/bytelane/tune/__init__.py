@@ -11,6 +11,7 @@ from bytelane.tune.loss import hidden_loss, logits_loss
 from bytelane.tune.modules import TunedEmbedding, TunedLinear
 from bytelane.tune.student import Student, WithCache, prepare
 from bytelane.tune.teacher import Teacher, TuningError
+from bytelane.tune.written import written_windows
 
 __all__ = [
     "Evaluation",
@@ -29,4 +30,5 @@ __all__ = [
     "make_optimizer",
     "prepare",
     "tune",
+    "written_windows",
 ]
