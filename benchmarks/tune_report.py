@@ -40,7 +40,9 @@ def table(measured: dict[str, Any]) -> str:
         if variant not in measured["variants"]:
             continue
         v = measured["variants"][variant]
-        training = f"{v['seconds']:.0f} s, {v['steps']} steps, {v['tokens'] / 1e6:.1f} million tokens, rate {v['rate']:g}"
+        training = (
+            f"{v['seconds']:.0f} s, {v['steps']} steps, {v['tokens'] / 1e6:.1f} million tokens, rate {v['rate']:g}"
+        )
         rows.append([layers, table_bits, rounded(v["untuned"]), rounded(v["tuned"]), f"{v['ratio']:.2f}", training])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
@@ -58,12 +60,15 @@ class Panel:
         self.left, self.title, self.seconds, self.low, self.high = left, title, seconds, low, high
 
     def x(self, seconds: float) -> float:
+        """Where a second is."""
         return self.left + WIDTH * seconds / self.seconds
 
     def y(self, value: float) -> float:
+        """Where a value is."""
         return TOP + HEIGHT * (1 - math.log(value / self.low) / math.log(self.high / self.low))
 
     def frame(self, marks: list[float]) -> list[str]:
+        """Title, lines and numbers."""
         found = [f'<text x="{self.left}" y="{TOP - 14}" class="title">{self.title}</text>']
         for mark in marks:
             y = self.y(mark)
@@ -75,6 +80,7 @@ class Panel:
         return found
 
     def line(self, points: list[tuple[float, float]], colour: str, *, dots: bool) -> list[str]:
+        """A curve through points of seconds and values."""
         places = [f"{self.x(s):.1f} {self.y(v):.1f}" for s, v in points]
         found = [f'<path d="M{"L".join(places)}" fill="none" stroke="{colour}" stroke-width="1.6"/>']
         if dots:
