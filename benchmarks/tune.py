@@ -24,7 +24,16 @@ from accelerate import Accelerator
 
 from bytelane.evaluate import perplexity
 from bytelane.quantize import Recipe, load_float_model, read_documents, windows
-from bytelane.tune import Teacher, TuneSettings, evaluate, export_checkpoint, prepare, tune, written_windows
+from bytelane.tune import (
+    UNLIMITED_STEPS,
+    Teacher,
+    TuneSettings,
+    evaluate,
+    export_checkpoint,
+    prepare,
+    tune,
+    written_windows,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "w8a8o8": {"default_bits": 8, "embeddings": 8},
@@ -88,7 +97,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="neither compile nor record a step on a GPU")
     parser.add_argument("--no-keep", action="store_true", help="compute the teacher in every step")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=100_000, help="at most, where the time allows more")
+    parser.add_argument("--steps", type=int, default=UNLIMITED_STEPS, help="at most, where the time allows more")
     parser.add_argument("--score", type=int, default=40, help="windows to score")
     parser.add_argument("--observe", type=int, default=16, help="windows to observe ranges on")
     parser.add_argument("--untuned", action="store_true", help="score the start too")

@@ -21,6 +21,7 @@ from bytelane.models import load_model, open_model
 from bytelane.quantize import Recipe, RecipeError, round_to_nearest
 from bytelane.scheme import LinearScheme, WeightScheme, code_range
 from bytelane.tune import (
+    UNLIMITED_STEPS,
     TunedLinear,
     TuneSettings,
     TuningError,
@@ -502,6 +503,22 @@ def test_every_window_once_an_epoch() -> None:
     epoch = [i for step in range(5) for i in batch_indices(step, 2, 5, seed=0)]
     assert sorted(epoch[:5]) == sorted(epoch[5:]) == list(range(5))
     assert epoch[:5] != epoch[5:]
+
+
+def test_a_run_that_time_ends_guesses_its_steps() -> None:
+    guesses: list[tuple[int, int]] = []
+    settings = TuneSettings(steps=UNLIMITED_STEPS, batch=2, max_seconds=0.5)
+    report = tune(
+        student_of(tied_llama()),
+        tied_llama(),
+        make_windows(),
+        settings,
+        progress=lambda _, done, total: guesses.append((done, total)),
+    )
+    assert report.seconds >= 0.5
+    assert [done for done, _ in guesses] == list(range(1, report.steps + 1))
+    assert all(done <= total < 10**6 for done, total in guesses)
+    assert guesses[-1][1] == report.steps
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ def tune(
     write: Annotated[
         int, typer.Option(min=0, help="Windows of text that the float model writes itself, to train on with the rest.")
     ] = 0,
-    step_count: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps, at most.")] = 500,
+    step_count: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Optimizer steps, at most; 500, or with --minutes as many as fit."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts a step is computed in, to save memory.")] = 1,
@@ -97,7 +100,7 @@ def tune(
     from accelerate import PartialState
 
     from bytelane.cli.common import check_choice, check_split, parse_dtype, quiet, set_threads, source_folder
-    from bytelane.tune import TuneSettings
+    from bytelane.tune import UNLIMITED_STEPS, TuneSettings
     from bytelane.tune.folders import tune_checkpoint
 
     quiet()
@@ -117,7 +120,7 @@ def tune(
     }
     made = chosen_recipe(recipe, given)
     settings = TuneSettings(
-        steps=step_count,
+        steps=step_count or (TuneSettings.steps if minutes is None else UNLIMITED_STEPS),
         batch=batch,
         accumulate=accumulate,
         learning_rate=rate,

@@ -6,7 +6,15 @@ folder to folder.
 """
 
 from bytelane.tune.export import export_checkpoint
-from bytelane.tune.loop import Evaluation, TuneReport, TuneSettings, evaluate, make_optimizer, tune
+from bytelane.tune.loop import (
+    UNLIMITED_STEPS,
+    Evaluation,
+    TuneReport,
+    TuneSettings,
+    evaluate,
+    make_optimizer,
+    tune,
+)
 from bytelane.tune.loss import hidden_loss, logits_loss
 from bytelane.tune.modules import TunedEmbedding, TunedLinear
 from bytelane.tune.student import Student, WithCache, prepare
@@ -14,6 +22,7 @@ from bytelane.tune.teacher import Teacher, TuningError
 from bytelane.tune.written import written_windows
 
 __all__ = [
+    "UNLIMITED_STEPS",
     "Evaluation",
     "Student",
     "Teacher",

@@ -38,6 +38,10 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage, the steps done and the steps in all."""
 
 
+UNLIMITED_STEPS = 10**9
+"""More than any run takes: for one that `max_seconds` ends."""
+
+
 @dataclass(frozen=True)
 class TuneSettings:
     """How to train. Frozen, checked, and saved with a state.
@@ -237,7 +241,7 @@ def tune(
         resume: go on from the state there.
         accelerator: device, mixed precision and processes; None for Accelerate's choice without mixed precision.
         eager: take the operations of a step one by one where they would be compiled and recorded, on one GPU.
-        progress: called after each step.
+        progress: called after each step; the steps in all are a guess where time ends the run.
 
     Raises:
         TuningError: no window, windows of unlike length, or a loss that is not finite (the state stays as last saved).
@@ -308,7 +312,7 @@ def tune(
             losses += _finite(reading.read(everything=over or evaluates or saves), len(losses))
             spent += time.perf_counter() - started
             if progress is not None:
-                progress("tune", step, settings.steps)
+                progress("tune", step, _expected(step, spent, settings))
             if settings.max_seconds is not None and spent >= settings.max_seconds:
                 over = True
                 losses += _finite(reading.read(everything=True), len(losses))
@@ -330,6 +334,13 @@ def tune(
         recorded=isinstance(take, CapturedStep),
         peak_bytes=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0,
     )
+
+
+def _expected(step: int, spent: float, settings: TuneSettings) -> int:
+    """How many steps the run will have, as it goes so far."""
+    if settings.max_seconds is None or not spent:
+        return settings.steps
+    return max(step, min(settings.steps, round(step * settings.max_seconds / spent)))
 
 
 def _inputs(text: Tensor, teacher: Teacher | None, chosen: list[int]) -> tuple[Tensor, ...]:
