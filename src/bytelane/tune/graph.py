@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bytelane.tune.teacher import TuningError
+
 _ATTENTION = "bytelane_recorded"
 """transformers' `sdpa`, but for how it decides on a mask."""
 
@@ -46,6 +48,9 @@ class CapturedStep:
             apply: takes the optimizer's step.
             forget: makes the parameters have no gradients.
             inputs: tensors of the shapes and dtypes every call will have.
+
+        Raises:
+            TuningError: the step does what a recording cannot hold, such as reading a value from the GPU.
         """
         self.inputs = tuple(i.clone() for i in inputs)
         side = torch.cuda.Stream()
@@ -56,9 +61,15 @@ class CapturedStep:
                 forget()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = gradients(*self.inputs)
-            apply()
+        try:
+            with torch.cuda.graph(self._graph):
+                self._loss = gradients(*self.inputs)
+                apply()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise TuningError(f"a step of this model cannot be recorded ({reason}); tune it eagerly") from error
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the step; the loss is overwritten by the next one."""
