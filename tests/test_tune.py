@@ -351,38 +351,54 @@ def test_a_kept_teacher_teaches_the_same() -> None:
 
 
 @pytest.fixture
-def mixed_precision(request):
-    """Accelerate keeps one for a process."""
+def accelerator():
+    """Accelerators of any precision; Accelerate keeps one precision for a process."""
+
+    def make_one(mixed_precision: str) -> Accelerator:
+        AcceleratorState._reset_state(True)
+        return Accelerator(mixed_precision=mixed_precision)
+
+    yield make_one
     AcceleratorState._reset_state(True)
-    yield request.param
-    AcceleratorState._reset_state(True)
+
+
+def on_gpu_run(run: Accelerator, *, eager: bool, keep: bool) -> tuple[Any, Any]:
+    """Twelve steps on the GPU: the student and the report."""
+    settings = TuneSettings(steps=12, batch=4, learning_rate=1e-3, evaluate_every=4, keep_teacher=keep)
+    student, held = student_of(tied_llama().cuda()), make_windows(2, seed=1)
+    more = {"accelerator": run, "eager": eager, "evaluation": held}
+    report = tune(student, tied_llama(), make_windows(), settings, **more)
+    assert report.recorded is not eager
+    assert report.evaluations[-1].perplexity == evaluate(student, held)[0]
+    return student, report
 
 
 @on_gpu
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"], indirect=True)
-def test_a_recorded_step_is_the_eager_one(mixed_precision, keep) -> None:
-    """The same kernels in the same order; under bf16 what lies between layers is compiled and rounds less often."""
-    settings = TuneSettings(steps=12, batch=4, learning_rate=1e-3, evaluate_every=4, keep_teacher=keep)
-    found, reports = [], []
-    for eager in (True, False):
-        student = student_of(tied_llama().cuda())
-        run = Accelerator(mixed_precision=mixed_precision)
-        more = {"accelerator": run, "eager": eager, "evaluation": make_windows(2, seed=1)}
-        reports.append(tune(student, tied_llama(), make_windows(), settings, **more))
-        found.append({name: p.detach().clone() for name, p in student.named_parameters()})
-    assert [r.recorded for r in reports] == [False, True]
-    if mixed_precision == "no":
-        # Attention's gradients may be summed in no fixed order, and a code that flips moves a loss by some 1e-4.
-        assert reports[1].losses == pytest.approx(reports[0].losses, rel=1e-3)
-        for name, parameter in found[0].items():
-            assert (found[1][name] - parameter).norm() <= 0.02 * parameter.norm() + 1e-3, name
-    else:
-        # The logits of this model are small, and losses of 0.001 move by percents with how bfloat16 rounds them.
-        assert reports[1].losses == pytest.approx(reports[0].losses, rel=0.1)
-        assert sum(reports[1].losses) == pytest.approx(sum(reports[0].losses), rel=0.03)
-    last = evaluate(student, make_windows(2, seed=1))[0]
-    assert reports[1].evaluations[-1].perplexity == last
+def test_a_recorded_step_is_the_eager_one(keep, accelerator) -> None:
+    """The same kernels in the same order."""
+    (eager, expected), (recorded, found) = (
+        on_gpu_run(accelerator("no"), eager=one_by_one, keep=keep) for one_by_one in (True, False)
+    )
+    # Attention's gradients may be summed in no fixed order, and a code that flips moves a loss by some 1e-4.
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3)
+    for (name, parameter), got in zip(eager.named_parameters(), recorded.parameters(), strict=True):
+        assert (got - parameter).norm() <= 0.02 * parameter.norm() + 1e-3, name
+
+
+@on_gpu
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_compiled_step_is_as_good_as_the_eager_one(keep, accelerator) -> None:
+    """What lies between layers is rounded to bfloat16 at other places, which flips codes.
+
+    Eager steps in bfloat16 are some percent of a loss away from those in float32 too: on a CPU 5 % at most in these
+    twelve. The compiled ones may be twice as far.
+    """
+    exact, eager, recorded = (
+        torch.tensor(on_gpu_run(accelerator(precision), eager=one_by_one, keep=keep)[1].losses)
+        for precision, one_by_one in (("no", True), ("bf16", True), ("bf16", False))
+    )
+    assert (recorded - exact).norm() <= 2 * (eager - exact).norm()
 
 
 @on_gpu
