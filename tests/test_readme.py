@@ -139,3 +139,29 @@ def test_the_gpu_figures_are_the_tables(gpu_table: Any) -> None:
     assert gpu_table.models({"results": [{"model": "m", **row}]}).endswith(
         "| bytelane | graph | 100.0 | 2.0 MB | 3.00 GB |"
     )
+
+
+def test_the_tuning_guide_says_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.delitem(sys.modules, "tune_report", raising=False)
+    import tune_report
+
+    measured = json.loads(tune_report.RESULTS.read_text())
+    text = tune_report.GUIDE.read_text()
+    assert tune_report.replace(text, tune_report.table(measured)) == text
+    assert (SCRIPTS.parent / "docs" / "images" / "tuning.svg").read_text() == tune_report.svg(measured)
+    with pytest.raises(SystemExit, match="no <!--"):
+        tune_report.replace("a guide without marks", "")
+    steps = json.loads((SCRIPTS / "results" / "tune_step_h200.json").read_text())["steps"]
+    for line in steps:
+        cells = (
+            f"{line['batch']} windows",
+            f"{line['seconds'] * 1e3:.0f} ms",
+            f"{line['tokens_per_second'] / 1e3:.0f} thousand",
+            str(line["kernels"]),
+            f"{line['peak_bytes'] / 1e9:.0f} GB",
+            f"{line['start_seconds']:.0f} s",
+        )
+        assert f"| {' | '.join(cells)}" in text

@@ -53,7 +53,13 @@ def tune(
     evaluate: Annotated[
         int, typer.Option(min=0, help="Windows of the evaluation split to score the integer model on.")
     ] = 0,
-    step_count: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps, at most.")] = 500,
+    write: Annotated[
+        int, typer.Option(min=0, help="Windows of text that the float model writes itself, to train on with the rest.")
+    ] = 0,
+    step_count: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Optimizer steps, at most; 500, or with --minutes as many as fit."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts a step is computed in, to save memory.")] = 1,
@@ -63,6 +69,9 @@ def tune(
         float, typer.Option(help="Weight of the text's own next tokens beside the float model's predictions.")
     ] = 0.0,
     hidden_weight: Annotated[float, typer.Option(help="Weight of the float model's hidden states.")] = 0.0,
+    keep_teacher: Annotated[
+        bool, typer.Option("--keep-teacher", help="Compute the float model's last hidden states once and keep them.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps between scores; 0 for one at the end.")] = 0,
     state: Annotated[Path | None, typer.Option(help="Folder for the run's state, to resume from.")] = None,
@@ -74,6 +83,9 @@ def tune(
         str, typer.Option(help="Of the float arithmetic in training: **no** or **bf16**, for GPUs.")
     ] = "no",
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU although there is a GPU.")] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Take a step's operations one by one on a GPU: not compiled, not recorded.")
+    ] = False,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -88,7 +100,7 @@ def tune(
     from accelerate import PartialState
 
     from bytelane.cli.common import check_choice, check_split, parse_dtype, quiet, set_threads, source_folder
-    from bytelane.tune import TuneSettings
+    from bytelane.tune import UNLIMITED_STEPS, TuneSettings
     from bytelane.tune.folders import tune_checkpoint
 
     quiet()
@@ -108,7 +120,7 @@ def tune(
     }
     made = chosen_recipe(recipe, given)
     settings = TuneSettings(
-        steps=step_count,
+        steps=step_count or (TuneSettings.steps if minutes is None else UNLIMITED_STEPS),
         batch=batch,
         accumulate=accumulate,
         learning_rate=rate,
@@ -116,6 +128,7 @@ def tune(
         plain_rate=rate,
         text_weight=text_weight,
         hidden_weight=hidden_weight,
+        keep_teacher=keep_teacher,
         seed=seed,
         max_seconds=None if minutes is None else 60 * minutes,
         evaluate_every=evaluate_every,
@@ -135,10 +148,12 @@ def tune(
             window=window,
             observe=observe,
             evaluate=evaluate,
+            write=write,
             kv_cache=kv_cache,
             dtype=chosen,
             mixed_precision=mixed_precision,
             cpu=cpu,
+            eager=eager,
             state=state,
             resume=resume,
             overwrite=overwrite,
@@ -160,7 +175,8 @@ def _summary(done: TunedCheckpoint) -> list[str]:
         f"wrote {done.output} as {done.storage}",
         f"modules      {done.modules} quantized; {done.shared_inputs} groups of layers share an input scale; "
         f"{done.kv_layers} layers have int8 cache scales",
-        f"training     {report.steps} steps, {report.tokens} tokens of {done.windows} windows, {report.seconds:.0f} s",
+        f"training     {report.steps} steps, {report.tokens} tokens of {done.windows} windows, {report.seconds:.0f} s "
+        f"after {report.start_seconds:.0f} s of preparation",
         f"loss         {first:.4f} at the start, {last:.4f} at the end",
     ]
     lines += [f"step {e.step:<8}perplexity {e.perplexity:.2f} over {e.tokens} tokens" for e in report.evaluations]

@@ -6,14 +6,26 @@ folder to folder.
 """
 
 from bytelane.tune.export import export_checkpoint
-from bytelane.tune.loop import Evaluation, TuneReport, TuneSettings, TuningError, evaluate, make_optimizer, tune
+from bytelane.tune.loop import (
+    UNLIMITED_STEPS,
+    Evaluation,
+    TuneReport,
+    TuneSettings,
+    evaluate,
+    make_optimizer,
+    tune,
+)
 from bytelane.tune.loss import hidden_loss, logits_loss
 from bytelane.tune.modules import TunedEmbedding, TunedLinear
 from bytelane.tune.student import Student, WithCache, prepare
+from bytelane.tune.teacher import Teacher, TuningError
+from bytelane.tune.written import written_windows
 
 __all__ = [
+    "UNLIMITED_STEPS",
     "Evaluation",
     "Student",
+    "Teacher",
     "TuneReport",
     "TuneSettings",
     "TunedEmbedding",
@@ -27,4 +39,5 @@ __all__ = [
     "make_optimizer",
     "prepare",
     "tune",
+    "written_windows",
 ]

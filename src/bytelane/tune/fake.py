@@ -2,7 +2,7 @@ r"""The quantized layer as training sees it: the integer forward, and gradients 
 
 Forward, one scale per channel. The codes are held in float32 and take the formulas of `bytelane.numerics`:
 
-    q = clamp(rne(f32(x) * f32(1 / s_in)))      c = clamp(rne(w / s_w))      acc = q c^T
+    q = clamp(rne(f32(x) * f32(1 / s_in)))      c = clamp(rne(w * f32(1 / s_w)))      acc = q c^T
     o = clamp(rne(acc * r)),  r = s_in * s_w / s_out      y = o * s_out
 
 Products of codes are integers, so `acc` is the exact int32 as long as float32 holds every partial sum, below 2^24: for
@@ -19,12 +19,15 @@ clamp should be (LSQ, Esser et al. 2020). With `v = x / s` and `k = clamp(rne(v)
 
 Inside, `|k - v| <= 1/2`; outside, `|k| >= 1`, for widths of 2 bits and more. So the one residual `d(k s)/ds` also says
 whether a value was inside. Scales are learned as logarithms, which keeps them positive and makes a step a ratio.
+
+The functions between the matmuls are written here in torch. Under autocast on CUDA `bytelane.tune.triton_fake` has
+their equals of one pass over memory each, and what follows a layer gets its output in autocast's dtype, as from torch's
+own linear layer.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,106 +74,263 @@ def round_weight(weight: Tensor, scale: Tensor, low: int, high: int) -> tuple[Te
         low: the lowest code.
         high: the highest code.
     """
-    codes, residual = round_scaled(grouped(weight, scale) / scale[..., None], low, high)
+    codes, residual = round_scaled(grouped(weight, scale) * torch.reciprocal(scale)[..., None], low, high)
     return codes.flatten(1), residual.flatten(1)
 
 
-def _multiply(left: Tensor, right: Tensor, *, exact: bool, fast: bool) -> Tensor:
-    """`left @ right` in float32. `exact`: of codes. `fast`: bfloat16 products are good enough."""
-    if left.is_cuda and (exact or fast):
-        return torch.mm(left.to(torch.bfloat16), right.to(torch.bfloat16), out_dtype=torch.float32)
-    return left.to(torch.float32) @ right.to(torch.float32)
+# What happens between the matmuls. Their equals in Triton: `bytelane.tune.triton_fake`.
 
 
-# What happens to activations between the matmuls, each one pass over memory once compiled. Nothing here divides, and
-# no sum follows a product where that would be seen, so compiling changes no value.
+def input_codes(x: Tensor, reciprocal: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """Codes of an activation in `dtype`, which holds them exactly."""
+    return torch.clamp(torch.round(x.to(torch.float32) * reciprocal), low, high).to(dtype)
 
 
-def _codes(x: Tensor, reciprocal: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.clamp(torch.round(x.to(torch.float32) * reciprocal), QMIN, QMAX).to(dtype)
+def requantize(
+    acc: Tensor, ratio: Tensor, bias: Tensor | None, scale: Tensor, low: int, high: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Float32 sums `[m, n]` to quantized outputs in `dtype`, and their residual in bfloat16.
+
+    Args:
+        acc: sums.
+        ratio: what a channel's sums are multiplied by to be output codes, `[n]`.
+        bias: added before that, `[n]`, or None.
+        scale: of the output.
+        low: the lowest code.
+        high: the highest code.
+        dtype: of the output.
+    """
+    codes, residual = round_scaled((acc if bias is None else acc + bias) * ratio, low, high)
+    return (codes * scale).to(dtype), residual.to(torch.bfloat16)
 
 
-def _requantize(acc: Tensor, ratio: Tensor, output_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    codes, residual = round_scaled(acc * ratio, QMIN, QMAX)
-    return (codes * output_scale).to(dtype), residual.to(torch.bfloat16)
-
-
-def _through_output(gradient: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def through_output(gradient: Tensor, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient before the output's rounding, in `dtype`, and by the output's scale."""
     gradient = gradient.to(torch.float32)
-    return gradient * inside(residual), (gradient * residual).sum()
+    return (gradient * inside(residual)).to(dtype), (gradient * residual).sum()
 
 
-def _through_input(gradient: Tensor, x: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
-    _, residual = round_scaled(x.to(torch.float32) * reciprocal, QMIN, QMAX)
+def through_input(gradient: Tensor, x: Tensor, reciprocal: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The gradient before the input's rounding, in the dtype of x, and by the input's scale."""
+    gradient = gradient.to(torch.float32)
+    _, residual = round_scaled(x.to(torch.float32) * reciprocal, low, high)
     return (gradient * inside(residual)).to(x.dtype), (gradient * residual).sum()
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+def weight_operand(weight: Tensor, scale: Tensor, low: int, high: int, *, scaled: bool, dtype: torch.dtype) -> Tensor:
+    """Weight codes, or `scaled` the values they stand for, in `dtype`; scales `[rows, 1]`."""
+    codes, _ = round_weight(weight, scale, low, high)
+    return (codes * scale if scaled else codes).to(dtype)
 
 
-def _pointwise(function: Callable[..., Any], x: Tensor, fast: bool) -> Callable[..., Any]:
-    """The function, compiled where it is called thousands of times on a GPU."""
-    return _compiled(function) if fast and x.is_cuda else function
+def through_weight(
+    gradient: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """`gradient * factor` before the weight's rounding, float32, and by its scales `[rows, 1]`."""
+    gradient = gradient * factor
+    _, residual = round_weight(weight, scale, low, high)
+    return gradient * inside(residual), (gradient * residual).sum(1, keepdim=True)
 
 
-class _QuantizedLinear(torch.autograd.Function):
-    """A linear layer with one scale per channel and a quantized input; see the module's text."""
+def _between(x: Tensor, fast: bool) -> ModuleType:
+    """Where the functions between the matmuls come from."""
+    if fast and x.is_cuda:
+        from bytelane.tune import triton_fake
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        output_scale: Tensor | None,
-        bias: Tensor | None,
-        low: int,
-        high: int,
-        fast: bool,
-    ) -> Tensor:
-        held = torch.bfloat16 if x.is_cuda else torch.float32
-        q = _pointwise(_codes, x, fast)(x, torch.reciprocal(input_scale), held)
-        codes, _ = round_weight(weight, weight_scale, low, high)
-        acc = _multiply(q, codes.t(), exact=True, fast=fast)
-        unit = input_scale * weight_scale[:, 0]
-        residual = None
-        if output_scale is None:
-            y = acc * unit
-            y = (y if bias is None else y + bias).to(x.dtype)
+        return triton_fake
+    import bytelane.tune.fake
+
+    return bytelane.tune.fake
+
+
+def _sums(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in float32, of operands of one dtype."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.to(torch.float32) @ right.to(torch.float32)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """What an operation returns where it has nothing to return; each a tensor of its own."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _exp(log: Tensor | None) -> Tensor | None:
+    return None if log is None else log.exp()
+
+
+@torch.library.custom_op("bytelane_tune::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    log_weight_scale: Tensor,
+    log_input_scale: Tensor | None,
+    log_output_scale: Tensor | None,
+    bias: Tensor | None,
+    low: int,
+    high: int,
+    dtype: torch.dtype,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer with one scale per channel: its output, and for the backward pass its input's codes and its residual.
+
+    An operation of its own, so that `torch.compile` fuses what lies between layers and leaves the layers' bits alone.
+    """
+    between = _between(x, fast)
+    s_w, s_in, s_out = log_weight_scale.exp(), _exp(log_input_scale), _exp(log_output_scale)
+    with torch.autocast(x.device.type, enabled=False):
+        if s_in is None:
+            held = torch.bfloat16 if fast else torch.float32
+            codes, operand = _nothing(x), x.to(held)
+            dense = between.weight_operand(weight, s_w, low, high, scaled=True, dtype=held)
+            if s_out is None:
+                y = torch.nn.functional.linear(operand, dense, None if bias is None else bias.to(held))
+                return y.to(dtype), codes, _nothing(x)
+            unit, added = torch.ones_like(s_w[:, 0]), bias
         else:
-            if bias is not None:
-                acc = acc + torch.round(bias / unit)
-            y, residual = _pointwise(_requantize, x, fast)(acc, unit / output_scale, output_scale, x.dtype)
-        ctx.save_for_backward(x, weight, weight_scale, input_scale, residual)
-        ctx.range, ctx.fast, ctx.has_bias, ctx.held = (low, high), fast, bias is not None, held
-        return y
+            held = torch.bfloat16 if x.is_cuda else torch.float32
+            codes = operand = between.input_codes(x, torch.reciprocal(s_in), QMIN, QMAX, held)
+            dense = between.weight_operand(weight, s_w, low, high, scaled=False, dtype=held)
+            unit = s_in * s_w[:, 0]
+            added = None if bias is None else torch.round(bias / unit)
+        acc = _sums(operand, dense.t())
+        if s_out is None:
+            y = acc * unit
+            return (y if bias is None else y + bias).to(dtype), codes, _nothing(x)
+        y, residual = between.requantize(acc, unit / s_out, added, s_out, QMIN, QMAX, dtype)
+        return y, codes, residual
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, weight_scale, input_scale, residual = ctx.saved_tensors
-        gradient, by_output = gradients[0].to(torch.float32), None
-        if residual is not None:
-            gradient, by_output = _pointwise(_through_output, x, ctx.fast)(gradients[0], residual)
-        reciprocal = torch.reciprocal(input_scale)
-        codes, by_weight_scale = round_weight(weight, weight_scale, *ctx.range)
-        to_input = _multiply(gradient, codes * weight_scale, exact=False, fast=ctx.fast)
-        q = _pointwise(_codes, x, ctx.fast)(x, reciprocal, ctx.held)
-        to_weight = _multiply(gradient.t(), q, exact=False, fast=ctx.fast) * input_scale
-        to_input, by_input = _pointwise(_through_input, x, ctx.fast)(to_input, x, reciprocal)
-        return (
-            to_input,
-            to_weight * inside(by_weight_scale),
-            (to_weight * by_weight_scale).sum(1, keepdim=True),
-            by_input,
-            by_output,
-            gradient.sum(0) if ctx.has_bias else None,
-            None,
-            None,
-            None,
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    log_weight_scale: Tensor,
+    log_input_scale: Tensor | None,
+    log_output_scale: Tensor | None,
+    bias: Tensor | None,
+    low: int,
+    high: int,
+    dtype: torch.dtype,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+    held = torch.bfloat16 if x.is_cuda else torch.float32
+    return (
+        y,
+        _nothing(x) if log_input_scale is None else torch.empty_like(x, dtype=held),
+        _nothing(x) if log_output_scale is None else torch.empty_like(y, dtype=torch.bfloat16),
+    )
+
+
+@torch.library.custom_op("bytelane_tune::linear_backward", mutates_args=())
+def _linear_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    log_weight_scale: Tensor,
+    log_input_scale: Tensor | None,
+    log_output_scale: Tensor | None,
+    codes: Tensor,
+    residual: Tensor,
+    low: int,
+    high: int,
+    fast: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by x, the weight, the logarithms of the three scales, and the bias; empty where there is none."""
+    between = _between(x, fast)
+    s_w, s_in, s_out = log_weight_scale.exp(), _exp(log_input_scale), _exp(log_output_scale)
+    held = torch.bfloat16 if fast else torch.float32
+    by_input, by_output, by_bias = _nothing(x), _nothing(x), _nothing(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if s_out is not None:
+            gradient, by_output = between.through_output(gradient, residual, held)
+            by_output = by_output * s_out
+        gradient = gradient.to(held)
+        if has_bias:
+            by_bias = gradient.sum(0, dtype=torch.float32)
+        dense = between.weight_operand(weight, s_w, low, high, scaled=True, dtype=held)
+        to_input = gradient @ dense
+        operand = x if s_in is None else codes
+        factor = torch.ones_like(s_w[0, 0]) if s_in is None else s_in
+        to_weight, by_weight_scale = between.through_weight(
+            _sums(gradient.t(), operand.to(held)), weight, s_w, factor, low, high
         )
+        if s_in is None:
+            to_input = to_input.to(x.dtype)
+        else:
+            to_input, by_input = between.through_input(to_input, x, torch.reciprocal(s_in), QMIN, QMAX)
+            by_input = by_input * s_in
+    return to_input, to_weight, by_weight_scale * s_w, by_input, by_output, by_bias
+
+
+@_linear_backward.register_fake
+def _(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    log_weight_scale: Tensor,
+    log_input_scale: Tensor | None,
+    log_output_scale: Tensor | None,
+    codes: Tensor,
+    residual: Tensor,
+    low: int,
+    high: int,
+    fast: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(log_weight_scale),
+        _nothing(x) if log_input_scale is None else torch.empty_like(log_input_scale),
+        _nothing(x) if log_output_scale is None else torch.empty_like(log_output_scale),
+        weight.new_empty(weight.shape[0]) if has_bias else _nothing(x),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, log_weight_scale, log_input_scale, log_output_scale, bias, low, high, _, fast = inputs
+    _, codes, residual = output
+    ctx.save_for_backward(x, weight, log_weight_scale, log_input_scale, log_output_scale, codes, residual)
+    ctx.mark_non_differentiable(codes, residual)
+    ctx.range, ctx.fast, ctx.has_bias = (low, high), fast, bias is not None
+
+
+def _differentiate(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, log_weight_scale, log_input_scale, log_output_scale, codes, residual = ctx.saved_tensors
+    found = _linear_backward(
+        gradient.contiguous(),
+        x,
+        weight,
+        log_weight_scale,
+        log_input_scale,
+        log_output_scale,
+        codes,
+        residual,
+        *ctx.range,
+        ctx.fast,
+        ctx.has_bias,
+    )
+    to_input, to_weight, by_weight_scale, by_input, by_output, by_bias = found
+    return (
+        to_input,
+        to_weight,
+        by_weight_scale,
+        None if log_input_scale is None else by_input,
+        None if log_output_scale is None else by_output,
+        by_bias if ctx.has_bias else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_linear.register_autograd(_differentiate, setup_context=_save)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -219,37 +379,42 @@ def fake_quantize_int8(x: Tensor, scale: Tensor) -> Tensor:
 def fake_linear(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor | None,
-    output_scale: Tensor | None,
+    log_weight_scale: Tensor,
+    log_input_scale: Tensor | None,
+    log_output_scale: Tensor | None,
     bias: Tensor | None,
     low: int,
     high: int,
 ) -> Tensor:
-    """The layer in training: `[..., in]` to `[..., out]` in the dtype of x, differentiable in every argument.
+    """The layer in training, differentiable in every tensor.
 
     Args:
-        x: float32, bfloat16 or float16.
+        x: float32, bfloat16 or float16 `[..., in]`.
         weight: float32 `[out, in]`.
-        weight_scale: float32 `[out, groups]`, positive.
-        input_scale: float32 `[]`, positive, or None.
-        output_scale: likewise.
+        log_weight_scale: float32 `[out, groups]`, the logarithms of the scales.
+        log_input_scale: float32 `[]`, likewise, or None.
+        log_output_scale: likewise.
         bias: float32 `[out]` or None.
         low: the lowest weight code.
         high: the highest weight code.
+
+    Returns:
+        `[..., out]` in the dtype of x, or under autocast in autocast's.
     """
     fast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.shape[-1])
-        if input_scale is not None and weight_scale.shape[1] == 1:
-            y = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
-                rows, weight, weight_scale, input_scale, output_scale, bias, low, high, fast
-            )
-        else:
-            if input_scale is not None:
-                rows = fake_quantize_int8(rows, input_scale)
-            dense = fake_quantize_rows(weight, weight_scale, low, high)
-            dtype = torch.bfloat16 if fast else torch.float32
-            y = torch.nn.functional.linear(rows.to(dtype), dense.to(dtype), None if bias is None else bias.to(dtype))
-            y = (y if output_scale is None else fake_quantize_int8(y.to(torch.float32), output_scale)).to(x.dtype)
-        return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
+    rows = x.reshape(-1, x.shape[-1])
+    if log_weight_scale.shape[1] == 1:
+        arguments = (rows, weight, log_weight_scale, log_input_scale, log_output_scale, bias, low, high, dtype, fast)
+        y: Tensor = _linear(*arguments)[0]
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            if log_input_scale is not None:
+                rows = fake_quantize_int8(rows, log_input_scale.exp())
+            dense = fake_quantize_rows(weight, log_weight_scale.exp(), low, high)
+            held = torch.bfloat16 if fast else torch.float32
+            y = torch.nn.functional.linear(rows.to(held), dense.to(held), None if bias is None else bias.to(held))
+            if log_output_scale is not None:
+                y = fake_quantize_int8(y.to(torch.float32), log_output_scale.exp())
+            y = y.to(dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])

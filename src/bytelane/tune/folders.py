@@ -19,6 +19,7 @@ from bytelane.tune.export import export_checkpoint
 from bytelane.tune.loop import Progress, TuneReport, TuneSettings, tune
 from bytelane.tune.state import check_state_folder
 from bytelane.tune.student import prepare
+from bytelane.tune.written import written_windows
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TunedCheckpoint:
         modules: quantized modules.
         kv_layers: attention layers with int8 cache scales.
         shared_inputs: groups of layers that share an input scale.
-        windows: windows of text, each read once an epoch.
+        windows: windows of text, each read once an epoch, with those the float model wrote.
         report: of the training.
     """
 
@@ -60,10 +61,12 @@ def tune_checkpoint(
     window: int = 512,
     observe: int = 32,
     evaluate: int = 0,
+    write: int = 0,
     kv_cache: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     mixed_precision: str = "no",
     cpu: bool = False,
+    eager: bool = False,
     state: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -82,10 +85,12 @@ def tune_checkpoint(
         window: tokens in a window.
         observe: windows that the starting ranges come from.
         evaluate: windows of the evaluation split to score; 0 for none. Needs `split="calibration"`.
+        write: windows that the float model writes itself, to train on with the text: see `bytelane.tune.written`.
         kv_cache: learn static int8 scales of the KV cache too.
         dtype: of what stays float in the checkpoint.
         mixed_precision: of the float arithmetic around the codes, `"no"` or `"bf16"`.
         cpu: train on the CPU although there is a GPU.
+        eager: see `tune`.
         state: a folder to save the run's state in; it stays after the run.
         resume: go on from there.
         overwrite: replace a checkpoint that is there.
@@ -110,7 +115,11 @@ def tune_checkpoint(
     used = windows(tokenizer, text, length=window)
     held = windows(tokenizer, held_text, length=window, limit=evaluate) if evaluate else []
     teacher = copy.deepcopy(model) if settings.distills else None
-    student = prepare(model, recipe, used[:observe], kv_cache=kv_cache, progress=progress)
+    observed = used[:observe]
+    if write:
+        note = None if progress is None else lambda done: progress("write", done, write)
+        used = used + written_windows(model.eval(), used, write, seed=settings.seed, progress=note)
+    student = prepare(model, recipe, observed, kv_cache=kv_cache, progress=progress)
     report = tune(
         student,
         teacher,
@@ -121,6 +130,7 @@ def tune_checkpoint(
         state=state,
         resume=resume,
         accelerator=run,
+        eager=eager,
         progress=progress,
     )
     from_gguf = gguf_file is not None or Path(source).suffix == ".gguf"

@@ -151,9 +151,9 @@ class TunedLinear(_Tuned):
         return fake_linear(
             x,
             self.weight,
-            self.log_weight_scale.exp(),
-            self.input_scale,
-            self.output_scale,
+            self.log_weight_scale,
+            self.log_input_scale,
+            self.log_output_scale,
             self.bias,
             self._low,
             self._high,

@@ -53,6 +53,15 @@ class _FakeQuantizingCache(DynamicCache):
         return fake_quantize_int8(key_states, k), fake_quantize_int8(value_states, v)
 
 
+def passing_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments with which a model computes what it does without a cache, its masks made without reading the GPU.
+
+    Without a cache transformers looks for several texts in one window, which needs a value from the GPU, and where it
+    cannot have one, as in the recording of a CUDA graph, it makes a mask that keeps attention from its fast kernels.
+    """
+    return {"use_cache": True, cache_keyword(model): _FakeQuantizingCache(model, {})}
+
+
 class Student(nn.Module):
     """A model with trainable quantized layers.
 
@@ -87,6 +96,9 @@ class Student(nn.Module):
         In training mode this is the fake-quantized pass. In evaluation mode the layers are the integer ones, in the
         dtype of the model's plain parameters. In both, attention reads int8 keys and values where they are quantized.
         """
+        recording = input_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+        if recording and not self.kv_names:
+            return self.model(input_ids=input_ids, **passing_cache(self.model), **kwargs)
         if self.kv_names:
             scales = {self.model.get_submodule(n).layer_idx: self._kv(n) for n in self.kv_names}
             kwargs[cache_keyword(self.model)] = _FakeQuantizingCache(self.model, cast(Any, scales))
