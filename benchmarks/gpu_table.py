@@ -133,9 +133,8 @@ def figures(
     peer_rows = {r["m"] for r in peers["results"]}
     parts = [
         f"Measured on {limits_text(linear)}.",
-        f"A star marks a tile chosen by a later sweep ({sweep['date']}, another machine with the same card)"
-        " and its time",
-        "there, in shorter graphs, beside the limit of this run:",
+        f"A star marks a tile chosen by a later sweep ({sweep['date']}, another machine with the same card) and its",
+        "time there, in shorter graphs, beside the limit of this run:",
         "",
         alone(tuned(linear, sweep), ROWS),
         "",
