@@ -28,6 +28,7 @@ from bytelane.quantize import (
     resume,
     windows,
 )
+from bytelane.quantize.gptq import corrected
 from bytelane.quantize.simulate import Simulation, fake_quantize
 from bytelane.scheme import Kind
 from calibration import make_model
@@ -207,15 +208,23 @@ def test_gptq_hears_the_layers_before_it(tokenizer, documents) -> None:
     codes = quantize_sequentially(model, used, plan.modules, scale, {})
     assert set(codes) == {m.name for m in plan.modules}
     name = "model.layers.1.mlp.down_proj"
-    hessian = Hessian(96)
+    hessian, original = Hessian(96), make_model()
+    exact: list[torch.Tensor] = []
+    lengths: list[torch.Tensor] = []
+    original.model.layers[1].register_forward_hook(
+        lambda _, __, out: lengths.append((out[0] if isinstance(out, tuple) else out).norm(dim=-1))
+    )
+    original.get_submodule(name).register_forward_pre_hook(lambda _, args: exact.append(args[0]))
     handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: hessian.add(fake_quantize(args[0], scale[name]))
+        lambda _, args: hessian.add(fake_quantize(args[0], scale[name]), exact.pop(), 1.0 / lengths.pop())
     )
     with torch.no_grad(), Simulation(model, {n: s for n, s in scale.items() if n != name}, {}):
         for window in used:
+            original(window[None])
             model(window[None])
     handle.remove()
-    found, _ = gptq(make_model().get_submodule(name).weight, plan.modules[-1].scheme.weight, hessian.sum)
+    weight = corrected(original.get_submodule(name).weight, hessian)
+    found, _ = gptq(weight, plan.modules[-1].scheme.weight, hessian.sum)
     assert torch.equal(found, codes[name][0])
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,8 +47,11 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage, the steps done and the steps in all: `"equalize"`, `"observe"` and `"kv cache"` count windows,
 `"search"` ranges tried, `"gptq"` decoder layers, `"write"` modules."""
 
-SEARCH_WINDOWS = 2
-"""Windows whose loss judges a range: it is read once for each range tried."""
+SEARCH_TOKENS = 512
+"""Tokens whose loss judges a range, in whole windows: they are read once for each range tried."""
+
+EQUALIZE_WINDOWS = 8
+"""Windows that say how loud each channel is: more do not change how channels compare."""
 
 SEARCHED = "loss"
 """The label of a range that was chosen by loss."""
@@ -148,8 +152,8 @@ def quantize_model(
     seen = Observations({}, {}, (), 0)
     used: list[Tensor] = []
 
-    def staged(stage: str) -> Callable[[int], None]:
-        return lambda done: None if progress is None else progress(stage, done, len(used))
+    def staged(stage: str, most: int | None = None) -> Callable[[int], None]:
+        return lambda done: None if progress is None else progress(stage, done, len(used[:most]))
 
     if plan.observed or recipe.equalize or recipe.rotate or recipe.rounding == "gptq" or recipe.kv_cache:
         used = windows(tokenizer, texts, length=window, limit=max_windows)
@@ -160,7 +164,7 @@ def quantize_model(
         rotate(source, used[:1])
         plan = make_plan(source, recipe)  # a tied head is no longer
     if recipe.equalize:
-        equalize(source, used, progress=staged("equalize"))
+        equalize(source, used[:EQUALIZE_WINDOWS], progress=staged("equalize", EQUALIZE_WINDOWS))
     if recipe.rotate or recipe.equalize:
         check_same_function(model, source, used[0])
     if plan.observed:
@@ -239,7 +243,7 @@ def _search(
     """Replace the sides of the loudest tensors by what the loss says of them."""
     choices = search_ranges(
         model,
-        used[:SEARCH_WINDOWS],
+        used[: math.ceil(SEARCH_TOKENS / used[0].numel())],
         seen,
         _scales(inputs),
         _scales(outputs),
