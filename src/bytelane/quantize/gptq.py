@@ -100,9 +100,8 @@ def corrected(weight: Tensor, hessian: Hessian) -> Tensor:
 def corrected_bias(bias: Tensor, weight: Tensor, rounded: Tensor, hessian: Hessian) -> Tensor:
     """The bias with which the mean product of `rounded` with `x` is that of `weight` with `z`, in its own dtype."""
     x, z = (hessian.mean_sums / hessian.total).to(torch.float32)
-    return (bias.detach().to(torch.float32) + weight.to(torch.float32) @ z - rounded.to(torch.float32) @ x).to(
-        bias.dtype
-    )
+    found: Tensor = bias.detach().to(torch.float32) + weight.detach().to(torch.float32) @ z - rounded @ x
+    return found.to(bias.dtype)
 
 
 def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor, name: str = "weight") -> Tensor:

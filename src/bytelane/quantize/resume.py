@@ -137,7 +137,7 @@ def load_observer(observer: Observer, file: Path, of: str) -> int:
     if not file.exists():
         return 0
     try:
-        with safe_open(file, framework="pt") as held:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as held:
             header = held.metadata() or {}
             bins, counts = held.get_tensor("bins").to(torch.int64), held.get_tensor("counts")
         found_of, windows, tokens = header["of"], int(header["windows"]), int(header["tokens"])
