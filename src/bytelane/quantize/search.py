@@ -12,10 +12,12 @@ question are not run again.
 
 The loss is what the float model's next-token distribution p has over the simulated one's q,
 
-    KL = sum_v p_v (log p_v - log q_v)         nats a token, mean over positions
+    KL = sum_v p_v (log p_v - log q_v)         nats a token, mean over positions but each window's first
 
 Its noise is far below that of the text's own likelihood, whose mean it moves by as much: no drawing of a next token is
-in it, and it is 0 where nothing is lost.
+in it, and it is 0 where nothing is lost. The first position is left out because the massive activation is its own: what
+it predicts depends on how exactly the last layers take that activation out again, by ten nats and more, and would
+decide over the whole window.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ class Divergence:
         self._held = [self._log_probabilities(window) for window in windows]
 
     def _log_probabilities(self, window: Tensor) -> Tensor:
-        logits = self._model(input_ids=window[None], use_cache=False).logits[0, :: self._every]
+        logits = self._model(input_ids=window[None], use_cache=False).logits[0, 1 :: self._every]
         return torch.log_softmax(logits.to(torch.float32), dim=-1)
 
     @torch.no_grad()
