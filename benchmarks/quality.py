@@ -201,7 +201,7 @@ def main() -> None:
             write_json(given.json, found)
     if given.json == RESULTS:
         text = GUIDE.read_text(encoding="utf-8")
-        write_text(GUIDE, replace(text, MARKER, rows_table(found), script="quality.py"))
+        write_text(GUIDE, replace(text, MARKER, rows_table(found), script="benchmarks/quality.py"))
     table(
         f"{found['model']}, float {found['float']['perplexity']:.2f}",
         ("row", "perplexity", "over float", "size", "minutes", "memory"),
