@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +17,18 @@ from bytelane.quantize import (
     Hessian,
     Recipe,
     RecipeError,
+    ResumeError,
     SequentialError,
+    equalize,
     gptq,
     make_plan,
     quantize_checkpoint,
     quantize_model,
     quantize_sequentially,
+    resume,
     windows,
 )
+from bytelane.quantize.gptq import corrected
 from bytelane.quantize.simulate import Simulation, fake_quantize
 from bytelane.scheme import Kind
 from calibration import make_model
@@ -201,15 +208,23 @@ def test_gptq_hears_the_layers_before_it(tokenizer, documents) -> None:
     codes = quantize_sequentially(model, used, plan.modules, scale, {})
     assert set(codes) == {m.name for m in plan.modules}
     name = "model.layers.1.mlp.down_proj"
-    hessian = Hessian(96)
+    hessian, original = Hessian(96), make_model()
+    exact: list[torch.Tensor] = []
+    lengths: list[torch.Tensor] = []
+    original.model.layers[1].register_forward_hook(
+        lambda _, __, out: lengths.append((out[0] if isinstance(out, tuple) else out).norm(dim=-1))
+    )
+    original.get_submodule(name).register_forward_pre_hook(lambda _, args: exact.append(args[0]))
     handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: hessian.add(fake_quantize(args[0], scale[name]))
+        lambda _, args: hessian.add(fake_quantize(args[0], scale[name]), exact.pop(), 1.0 / lengths.pop())
     )
     with torch.no_grad(), Simulation(model, {n: s for n, s in scale.items() if n != name}, {}):
         for window in used:
+            original(window[None])
             model(window[None])
     handle.remove()
-    found, _ = gptq(make_model().get_submodule(name).weight, plan.modules[-1].scheme.weight, hessian.sum)
+    weight = corrected(original.get_submodule(name).weight, hessian)
+    found, _ = gptq(weight, plan.modules[-1].scheme.weight, hessian.sum)
     assert torch.equal(found, codes[name][0])
 
 
@@ -217,3 +232,69 @@ def test_gptq_of_a_model_without_layers_says_so() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(SequentialError, match='"rounding": "nearest"'):
         quantize_sequentially(model, [torch.arange(4)], (), {}, {})
+
+
+@pytest.mark.parametrize("storage", ["compressed-tensors", "gemma"])
+def test_kv_scales_cover_what_attention_writes(tmp_path, tokenizer, documents, storage) -> None:
+    model = make_model()
+    recipe = Recipe.of({"kv_cache": True, "equalize": True, "storage": storage})
+    stages: list[str] = []
+    report = quantize_model(
+        model,
+        tokenizer,
+        documents,
+        recipe,
+        tmp_path / "out",
+        window=24,
+        max_windows=4,
+        progress=lambda stage, *_: stages.append(stage),
+    )
+    assert report.kv_layers == 2
+    assert stages.count("kv cache") == 4
+    used = windows(tokenizer, documents, length=24, limit=4)
+    folded = copy.deepcopy(model)
+    equalize(folded, used)
+    checkpoint, _ = open_model(tmp_path / "out")
+    with checkpoint:
+        scales = dict(checkpoint.kv_scales)
+    assert sorted(scales) == [f"model.layers.{i}.self_attn" for i in range(2)]
+    with torch.no_grad():
+        caches = [folded(window[None], use_cache=True).past_key_values for window in used]
+    for i, found in enumerate(scales[f"model.layers.{i}.self_attn"] for i in range(2)):
+        keys = max(float(c.layers[i].keys.abs().max()) for c in caches)
+        values = max(float(c.layers[i].values.abs().max()) for c in caches)
+        assert (found.k, found.v) == pytest.approx((keys / 127, values / 127), rel=1e-6)
+    loaded = load_model(tmp_path / "out")
+    out = loaded.generate(used[0][None, :8], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert out.past_key_values.layers[0].keys.dtype is torch.int8
+
+
+def test_a_killed_calibration_goes_on(tmp_path, tokenizer, documents) -> None:
+    """Killed in its fifth window, a run started again reads the rest only and makes the same checkpoint."""
+    model = make_model()
+    recipe = Recipe.of({"range": "mse"})
+
+    def make(name: str, **more: Any) -> list[bytes]:
+        quantize_model(model, tokenizer, documents, recipe, tmp_path / name, window=24, max_windows=6, **more)
+        return [p.read_bytes() for p in sorted((tmp_path / name).glob("*.safetensors"))]
+
+    def kill(stage: str, done: int, _: int) -> None:
+        if (stage, done) == ("observe", 5):
+            raise KeyboardInterrupt
+
+    state = tmp_path / "observed.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume.time, "monotonic", itertools.count(0.0, 100.0).__next__)
+        with pytest.raises(KeyboardInterrupt):
+            make("killed", resume=state, progress=kill)
+    assert not (tmp_path / "killed").exists()
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    resumed = make("resumed", resume=state)
+    handle.remove()
+    assert len(passes) == 1
+    assert resumed == make("whole")
+    with pytest.raises(ResumeError, match="another model, text or recipe"):
+        quantize_model(
+            model, tokenizer, documents, Recipe(), tmp_path / "other", window=24, max_windows=6, resume=state
+        )

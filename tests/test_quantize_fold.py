@@ -12,7 +12,7 @@ from torch import nn
 
 from bytelane.quantize import FoldError, equalize, observe, rotate
 from bytelane.quantize.blocks import blocks, norm_gain
-from bytelane.quantize.fold import check_same_function, rotation
+from bytelane.quantize.fold import CLIPPED, Loudest, aligned_rotation, check_same_function, find_loudest, rotation
 
 SIZES = {
     "hidden_size": 48,
@@ -63,6 +63,27 @@ def test_a_rotation_is_orthogonal_and_flat(width) -> None:
     assert torch.equal(matrix, rotation(width))
 
 
+@pytest.mark.parametrize("width", [8, 24, 48, 576, 7])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_aligned_rotation_makes_its_vector_even(width, sign) -> None:
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(width))
+    for made in (vector, sign * torch.eye(width)[0], sign * torch.eye(width)[width // 2]):
+        matrix = aligned_rotation(made)
+        assert torch.allclose(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
+        turned = (made.double() @ matrix).abs()
+        assert torch.allclose(turned, made.double().norm() / width**0.5 * torch.ones_like(turned), rtol=1e-6)
+    assert torch.equal(aligned_rotation(torch.zeros(width)), rotation(width))
+
+
+def test_a_clipped_vector_leaves_the_sum_where_it_pointed() -> None:
+    before, vector = torch.randn(2, 48, generator=torch.Generator().manual_seed(0)).unbind()
+    loud = Loudest(vector * 1000, before)
+    rest = before + loud.clipped()
+    assert torch.allclose(rest / rest.norm(), (before + vector * 1000) / (before + vector * 1000).norm(), atol=1e-5)
+    assert float(loud.clipped().norm()) == pytest.approx(CLIPPED * float(before.norm()), rel=0.25)  # less `before`
+    assert torch.allclose(Loudest(vector, before).clipped(), vector, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
@@ -73,11 +94,12 @@ def test_a_rotation_is_orthogonal_and_flat(width) -> None:
     ],
     ids=["llama", "biases", "qwen2", "qwen3"],
 )
-def test_rotating_changes_nothing_but_the_basis(kind, more, ids) -> None:
+@pytest.mark.parametrize("windows", [(), (torch.arange(24),)], ids=["blind", "aligned"])
+def test_rotating_changes_nothing_but_the_basis(kind, more, windows, ids) -> None:
     model = make(kind, **more)
     before = logits(model, ids)
     tables = model.get_input_embeddings().weight.clone()
-    rotate(model)
+    rotate(model, windows)
     assert same(model, before, ids)
     assert not torch.allclose(model.get_input_embeddings().weight, tables)
     assert model.lm_head.weight is not model.get_input_embeddings().weight
@@ -96,6 +118,31 @@ def test_a_massive_activation_is_spread() -> None:
     rotate(model)
     after = observe(model, [window], ["model.layers.0.mlp.down_proj"]).outputs["model.layers.0.mlp.down_proj"].amax()
     assert after < before * (2 / 48) ** 0.5 * 1.05  # 5 % for the other channels
+
+
+def test_a_massive_activation_is_clipped_without_turning() -> None:
+    """With its range at a tenth, the loudest vector is shorter, and the sum it is added to points where it did."""
+    model = make("Llama")
+    down = model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        down.weight[5] *= 3000
+        down.weight[7] *= 500
+    window = torch.arange(24)
+    loud = find_loudest(model, [window])
+    assert float(loud.vector.abs().argmax()) == 5
+    exact = (loud.before + loud.vector).double()
+    turned = []
+    for windows in ([], [window]):
+        rotated = copy.deepcopy(model)
+        rotate(rotated, windows)
+        matrix = aligned_rotation(loud.clipped()) if windows else rotation(48)
+        limit = float(loud.clipped().norm()) / 48**0.5
+        left = torch.clamp(loud.vector.double() @ matrix, -limit, limit) @ matrix.T + loud.before.double()
+        turned.append(1 - float(left @ exact / left.norm() / exact.norm()))
+        seen = find_loudest(rotated, [window])
+        assert torch.allclose(seen.vector.double() @ matrix.T, loud.vector.double(), atol=1e-3 * float(exact.norm()))
+    assert turned[1] < 1e-3
+    assert turned[1] < turned[0] / 10
 
 
 def test_a_model_with_norms_after_its_layers_is_not_rotated(ids) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from bytelane.numerics import quantize
-from bytelane.quantize import CalibrationError, observe, search_ranges, windows
+from bytelane.quantize import CalibrationError, ResumeError, observe, search_ranges, windows
 from bytelane.quantize.observe import Statistics, range_scale
-from bytelane.quantize.search import CANDIDATES, loudness
+from bytelane.quantize.resume import ObservationFile, fingerprint
+from bytelane.quantize.search import TRIED, Divergence, loudness
 from bytelane.quantize.simulate import Simulation
 from calibration import linear_names, make_model
 
@@ -167,7 +168,8 @@ def test_search_finds_the_range_that_a_sink_needs(tokenizer, documents) -> None:
     steps: list[tuple[int, int]] = []
     choices = search_ranges(model, used, seen, inputs, outputs, 3, progress=lambda *step: steps.append(step))
     assert len(choices) == 3
-    assert steps[-1] == (3 * CANDIDATES, 3 * CANDIDATES)
+    assert steps[-1] == (3 * TRIED, 3 * TRIED)
+    assert steps == sorted(steps)
     tensors = {id(s): loudness(s) for s in (*seen.inputs.values(), *seen.outputs.values())}
     of = {"input": seen.inputs, "output": seen.outputs}
     assert sorted(loudness(of[c.side][c.names[0]]) for c in choices) == sorted(tensors.values())[-3:]
@@ -179,7 +181,97 @@ def test_search_finds_the_range_that_a_sink_needs(tokenizer, documents) -> None:
     # The last one searched was judged with everything else as chosen: the whole model gives the same loss.
     for choice in choices:
         (inputs if choice.side == "input" else outputs).update(dict.fromkeys(choice.names, choice.limit / 127))
-    with Simulation(model, inputs, outputs) as simulation:
-        assert simulation.loss(used) == pytest.approx(choices[-1].losses[choices[-1].limit], abs=1e-6)
+    divergence = Divergence(model, used)
+    assert divergence() == 0.0
+    with Simulation(model, inputs, outputs):
+        assert divergence() == pytest.approx(choices[-1].losses[choices[-1].limit], abs=1e-6)
     assert "forward" not in vars(model.model.layers[0])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def killed_after(model: nn.Module, windows: list[torch.Tensor], names: list[str], resume: ObservationFile) -> None:
+    def read():
+        yield from windows
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe(model, read(), names, input_histograms=names[:4], output_histograms=names[2:], resume=resume)
+
+
+def same_statistics(a: Statistics, b: Statistics) -> bool:
+    bins = (a.histogram is None and b.histogram is None) or torch.equal(a.histogram, b.histogram)
+    return bins and (a.low, a.high, a.count) == (b.low, b.high, b.count)
+
+
+def test_a_killed_observation_goes_on(tmp_path, tokenizer, documents) -> None:
+    model = make_model()
+    used = windows(tokenizer, documents, length=24, limit=6)
+    names = linear_names(model)[:-1]
+    kinds = {"input_histograms": names[:4], "output_histograms": names[2:]}
+    whole = observe(model, used, names, **kinds)
+    of = fingerprint(model, used, "a recipe")
+    file = tmp_path / "deep" / "observed.safetensors"
+    killed_after(model, used[:4], names, ObservationFile(file, of, seconds=0))
+    read: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: read.append(1))
+    resumed = observe(model, used, names, **kinds, resume=ObservationFile(file, of))
+    assert len(read) == 2
+    again = observe(model, used, names, **kinds, resume=ObservationFile(file, of))
+    assert len(read) == 2  # all of it was kept
+    handle.remove()
+    for found in (resumed, again):
+        assert (found.shared, found.tokens) == (whole.shared, whole.tokens)
+        for name in names:
+            assert same_statistics(found.inputs[name], whole.inputs[name])
+            assert same_statistics(found.outputs[name], whole.outputs[name])
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_a_pass_that_was_cut_short_is_not_counted(tmp_path) -> None:
+    model = Branches()
+    used = [torch.tensor([1]), torch.tensor([2])]
+    file = tmp_path / "observed"
+    of = fingerprint(model, used)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.c.register_forward_pre_hook(kill)
+    with pytest.raises(KeyboardInterrupt):
+        observe(model, used, ["a", "b", "c"], resume=ObservationFile(file, of, seconds=0))
+    assert not file.exists()
+    handle.remove()
+    seen = observe(model, used, ["a", "b", "c"], resume=ObservationFile(file, of, seconds=0))
+    assert seen.outputs["a"].count == seen.outputs["c"].count == 8
+
+
+def test_observations_of_something_else_are_refused(tmp_path, tokenizer, documents) -> None:
+    model = make_model()
+    used = windows(tokenizer, documents, length=24, limit=3)
+    names = linear_names(model)[:-1]
+    file = tmp_path / "observed.safetensors"
+    of = fingerprint(model, used, "a recipe")
+    observe(model, used, names, resume=ObservationFile(file, of))
+    others = [
+        fingerprint(model, used, "another recipe"),
+        fingerprint(model, used[:2], "a recipe"),
+        fingerprint(make_model(seed=1), used, "a recipe"),
+    ]
+    assert len({of, *others}) == 4
+    for other in others:
+        with pytest.raises(ResumeError, match="of another model, text or recipe"):
+            observe(model, used, names, resume=ObservationFile(file, other))
+    data = file.read_bytes()
+    for broken in (
+        b"",
+        data[:-1],
+        b"{}",
+        data.replace(b"counts", b"counting"),
+        data.replace(b'"windows"', b'"widows"'),
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(ResumeError, match="no file of observations"):
+            observe(model, used, names, resume=ObservationFile(file, of))
+    file.write_bytes(data)
+    with pytest.raises(ResumeError, match="no such side"):
+        observe(model, used, names[:3], resume=ObservationFile(file, of))

@@ -99,12 +99,19 @@ def quantize(
     search: Annotated[
         int | None, typer.Option(min=0, help="Choose the ranges of this many of the loudest tensors by loss.")
     ] = None,
+    kv_cache: Annotated[
+        bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Observe int8 scales of the KV cache too.")
+    ] = None,
     storage: StorageOption = None,
     split: SplitOption = "all",
     window: WindowOption = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows to observe.")] = 32,
     gguf: GgufOption = None,
     dtype: StoredDtypeOption = "bfloat16",
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what is observed in FILE, and go on from it where it is there."),
+    ] = None,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -137,6 +144,7 @@ def quantize(
         "equalize": equalize,
         "rounding": rounding,
         "search": search,
+        "kv_cache": kv_cache,
     }
     made = chosen_recipe(recipe, given)
     chosen = parse_dtype(dtype)
@@ -152,6 +160,7 @@ def quantize(
             window=window,
             max_windows=windows,
             dtype=chosen,
+            resume=resume,
             overwrite=overwrite,
             progress=report_step,
         )
@@ -185,6 +194,8 @@ def _summary(report: QuantizationReport) -> list[str]:
         f"size         {size(report.float_bytes)} in {size(report.checkpoint_bytes)}, "
         f"{report.checkpoint_bytes / report.float_bytes:.0%}",
     ]
+    if report.kv_layers:
+        lines.append(f"KV cache     int8 scales in {report.kv_layers} attention layers")
     lines += [f"{what:<16} {len(names)}: {_names(names)}" for what, names in exceptions.items() if names]
     lines += [f"tied         {h} shares the codes of {e}" for h, e in report.tied.items()]
     lines += [f"untied       {h} has a weight of its own now" for h in report.untied]

@@ -6,12 +6,14 @@
 
 from bytelane.quantize.fold import FoldError, equalize, rotate
 from bytelane.quantize.gptq import Hessian, gptq
+from bytelane.quantize.kv import observe_kv
 from bytelane.quantize.layerwise import SequentialError
 from bytelane.quantize.observe import CalibrationError, observe
 from bytelane.quantize.pipeline import load_float_model, quantize_checkpoint, quantize_model
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Head, Range, Recipe, RecipeError, builtin_recipes, parse_range
 from bytelane.quantize.report import LayerReport, QuantizationReport
+from bytelane.quantize.resume import ResumeError
 from bytelane.quantize.rounding import round_to_nearest
 from bytelane.quantize.search import search_ranges
 from bytelane.quantize.sequential import quantize_sequentially
@@ -28,6 +30,7 @@ __all__ = [
     "Range",
     "Recipe",
     "RecipeError",
+    "ResumeError",
     "SequentialError",
     "TextError",
     "builtin_recipes",
@@ -36,6 +39,7 @@ __all__ = [
     "load_float_model",
     "make_plan",
     "observe",
+    "observe_kv",
     "parse_range",
     "quantize_checkpoint",
     "quantize_model",

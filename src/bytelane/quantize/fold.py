@@ -23,6 +23,12 @@ the linears that read it:
 
     embedding E R        reader W diag(g) R        writer R^T W        head W diag(g) R
 
+Which matrix makes a difference where even the spread value is too loud to be covered and must be clipped: clipping
+changes where the vector points, and after the next norm that is all that is left of it. So the loudest vector u that a
+layer writes into the stream is found first, and R is made to turn it into `+-|u| / sqrt(n)` in every channel alike:
+clipped, it is shorter and points where it did. (More exactly: u is replaced by what should be left of it, see
+`Loudest.clipped`.)
+
 A head that was tied to the embedding gets a weight of its own by this: its columns hold the last norm's g.
 """
 
@@ -30,6 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +44,10 @@ from torch import Tensor, nn
 
 from bytelane.errors import QuantizeError
 from bytelane.quantize.blocks import Block, blocks, norm_gain
+
+CLIPPED = 20.0
+"""Length of the loudest vector, once it is clipped, over that of the residual stream it is added to. Shorter, and what
+later layers add turns the sum; longer, and a range that holds it has coarser steps for all other tokens."""
 
 _CHUNK_ROWS = 8192
 """Rows rotated at a time in float64: bounds the scratch of a large embedding table."""
@@ -62,6 +73,24 @@ def rotation(width: int) -> Tensor:
     cosine[0] /= math.sqrt(2)
     signs = torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return signs[:, None] * torch.kron(hadamard / math.sqrt(power), cosine)
+
+
+def aligned_rotation(vector: Tensor) -> Tensor:
+    """A `rotation` that turns a vector into one whose entries are all the same: float64 `[width, width]`.
+
+    A reflection first turns the vector onto the first axis, which `rotation` turns into an even vector.
+
+    Args:
+        vector: `[width]`, finite; a zero vector gives `rotation(width)`.
+    """
+    matrix = rotation(vector.numel())
+    normal = vector.detach().to("cpu", torch.float64)
+    length = float(normal.norm())
+    if length == 0.0:
+        return matrix
+    normal = normal / length
+    normal[0] += math.copysign(1.0, float(normal[0]))  # away from zero: no digit is lost
+    return matrix - torch.outer(normal * (2.0 / float(normal @ normal)), normal @ matrix)
 
 
 def _times(weight: Tensor, matrix: Tensor) -> Tensor:
@@ -95,9 +124,77 @@ def _rotatable(model: Any, found: Sequence[Block]) -> tuple[nn.Embedding, nn.Lin
     return table, head, norm
 
 
+@dataclass
+class Loudest:
+    """The longest vector that a layer writes into the residual stream.
+
+    Attributes:
+        vector: float32 `[width]`.
+        before: what it is added to, likewise.
+    """
+
+    vector: Tensor
+    before: Tensor
+
+    def clipped(self) -> Tensor:
+        """What a static range should turn the vector into: float32 `[width]`.
+
+        A sum `before + vector` is read through a norm, so `a (before + vector)` is read as the same: the vector may
+        shrink to `a (before + vector) - before`. Here `a` is such that `CLIPPED` times the length of what was there
+        before is left, or 1 where the vector is no longer than that.
+        """
+        length = float(self.vector.norm())
+        factor = min(1.0, CLIPPED * float(self.before.norm()) / length) if length > 0.0 else 1.0
+        return factor * (self.before + self.vector) - self.before
+
+
 @torch.no_grad()
-def rotate(model: Any) -> None:
+def find_loudest(model: nn.Module, windows: Sequence[Tensor]) -> Loudest:
+    """The longest vector of all tokens and of all layers that write into the residual stream.
+
+    Args:
+        model: the float model.
+        windows: int64 `[length]` token ids each; massive activations come with the first token of any.
+
+    Raises:
+        FoldError: the model has no layers of the kind that is rotated.
+    """
+    found: list[Loudest] = []
+    streams: list[Tensor] = []
+
+    def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        streams[:] = [args[0].detach().flatten(0, -2)]
+
+    def written(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = output.detach().flatten(0, -2).to(torch.float32)
+        at = int(rows.norm(dim=-1).argmax())
+        if not found or rows[at].norm() > found[0].vector.norm():
+            found[:] = [Loudest(rows[at].clone(), streams[0][at].to(torch.float32).clone())]
+
+    handles = []
+    for b in blocks(model):
+        handles += [norm.register_forward_pre_hook(read) for norm in (b.attention_norm, b.mlp_norm)]
+        handles += [linear.register_forward_hook(written) for linear in (b.o, b.down)]
+    device = next(model.parameters()).device
+    try:
+        for window in windows:
+            model(input_ids=window[None].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise FoldError(f"{type(model).__name__}: none of its layers writes into a residual stream; leave `rotate` out")
+    return found[0]
+
+
+@torch.no_grad()
+def rotate(model: Any, windows: Sequence[Tensor] = ()) -> None:
     """Rotate the residual stream of a Llama-like model in place; unties a tied head.
+
+    Args:
+        model: the float model.
+        windows: int64 `[length]` token ids each, to find the loudest vector in, which then becomes the same in every
+            channel; without any the rotation is blind.
 
     Raises:
         FoldError: the architecture has something in the way.
@@ -106,7 +203,7 @@ def rotate(model: Any) -> None:
     table, head, last = _rotatable(model, found)
     gains = [_gain(n, f"a norm of {b.name}") for b in found for n in (b.attention_norm, b.mlp_norm)]
     final = _gain(last, "the final norm")
-    matrix = rotation(table.embedding_dim)
+    matrix = aligned_rotation(find_loudest(model, windows).clipped()) if windows else rotation(table.embedding_dim)
     if head.weight is table.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = False

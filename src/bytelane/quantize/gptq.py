@@ -6,10 +6,21 @@ For one output channel `w` and inputs `x` the loss of codes `c` with scale `s` i
 
 and rounding column j with error `e = (w_j - s c_j) / U_jj`, U the upper Cholesky factor of `H^-1`, is best answered by
 `w_k -= e U_jk` in the columns k > j (Frantar et al., 2022, https://arxiv.org/abs/2210.17323). Here `x` is what the
-integer layer will read: the dequantized int8 input, computed by blocks that are quantized already, so later layers
-answer for the errors of earlier ones and for the clipping of their own input.
+integer layer will read: the dequantized int8 input, computed by blocks that are quantized already.
 
-Scales come first and stay: for every row or group the one of 33 shrunken ranges with the smallest error weighted by
+What the layer should give is `z_t . w` with z the float model's own input. So w is first replaced by what comes nearest
+to that on x, by least squares, and errors of earlier layers and of the input's own range are answered for as far as a
+linear layer can (as in GPTAQ, Li et al., 2025, https://arxiv.org/abs/2504.02692):
+
+    w' = w + w C (H + damping)^-1,     C = sum_t (z_t - x_t)^T x_t
+
+and what is then left of the mean goes into the bias, where there is one.
+
+Tokens are weighted by what an error costs them. Where the product is added to a residual stream, which is read through
+a norm, that is its length over the stream's: a first token whose stream is hundreds of times longer than others' would
+otherwise speak for all of them.
+
+Scales come first and stay: for every row or group the one of 45 shrunken ranges with the smallest error weighted by
 `diag H`. Columns are taken in the order of falling `H_jj`; the stored codes keep their places, since with a scale for
 each channel, or groups fixed beforehand, the order leaves no trace in the file.
 """
@@ -28,21 +39,69 @@ DAMPING = 0.01
 _COLUMNS = 128
 """Columns whose errors are passed on one by one before the rest of the matrix hears of them in one product."""
 
-_SHRINK = torch.linspace(1.0, 0.36, 33)
+_SHRINK = (*torch.linspace(1.0, 0.36, 33).tolist(), *(0.36 * 0.8**i for i in range(1, 13)))
+"""What a scale that clips nothing is multiplied by. The small ones are for rows with a weight that only one token
+needs."""
 
 
 class Hessian:
-    """`sum x^T x` over the inputs of one layer, float32 `[in, in]`, however many tokens it saw."""
+    """`sum x^T x` over the inputs of one layer, float32 `[in, in]`, however many tokens it saw.
+
+    Attributes:
+        sum: that sum.
+        cross: `sum (z - x)^T x`, z the float model's inputs, likewise.
+        mean_sums: `sum x` and `sum z`, float64 `[2, in]`, under the tokens' squared weights.
+        total: the sum of those.
+        tokens: how many.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(in_features, in_features, device=device)
+        self.cross = torch.zeros(in_features, in_features, device=device)
+        self.mean_sums = torch.zeros(2, in_features, dtype=torch.float64, device=device)
+        self.total = 0.0
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in inputs `[..., in]`."""
+    def add(self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Take in inputs.
+
+        Args:
+            x: `[..., in]`.
+            exact: the float model's for the same tokens, where they are others.
+            weights: `[...]`, what each token's row of both is multiplied by.
+        """
         rows = x.detach().flatten(0, -2).to(torch.float32)
+        wanted = rows if exact is None else exact.detach().flatten(0, -2).to(torch.float32)
+        factor = rows.new_ones(rows.shape[0], 1) if weights is None else weights.detach().flatten()[:, None].to(rows)
+        squares = factor.square().to(torch.float64)
+        self.mean_sums += torch.stack([(part * squares).sum(0) for part in (rows, wanted)])
+        self.total += float(squares.sum())
+        rows, wanted = rows * factor, wanted * factor
         self.sum.addmm_(rows.T, rows)
+        if exact is not None:
+            self.cross.addmm_((wanted - rows).T, rows)
         self.tokens += rows.shape[0]
+
+    def damped(self) -> Tensor:
+        """`sum` with a share of its mean on the diagonal, float64, so that it can be inverted."""
+        h = self.sum.to(torch.float64)
+        return h + torch.diag(torch.full_like(h.diagonal(), DAMPING * float(self.sum.diagonal().mean())))
+
+
+def corrected(weight: Tensor, hessian: Hessian) -> Tensor:
+    """The weight whose products with the inputs `x` are nearest to those of `weight` with `z`: float32 `[out, in]`."""
+    w = weight.detach().to(torch.float32)
+    if not float(hessian.sum.diagonal().mean()) > 0.0 or not bool(hessian.cross.any()):
+        return w
+    factor = torch.linalg.cholesky(hessian.damped())
+    return w + w @ torch.cholesky_solve(hessian.cross.T.to(torch.float64), factor).T.to(torch.float32)
+
+
+def corrected_bias(bias: Tensor, weight: Tensor, rounded: Tensor, hessian: Hessian) -> Tensor:
+    """The bias with which the mean product of `rounded` with `x` is that of `weight` with `z`, in its own dtype."""
+    x, z = (hessian.mean_sums / hessian.total).to(torch.float32)
+    found: Tensor = bias.detach().to(torch.float32) + weight.detach().to(torch.float32) @ z - rounded @ x
+    return found.to(bias.dtype)
 
 
 def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor, name: str = "weight") -> Tensor:
@@ -62,7 +121,7 @@ def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor, name
     grouped = weight.detach().to(torch.float32).reshape(weight.shape[0], largest.shape[1], -1)
     weights = importance.to(torch.float32).reshape(1, largest.shape[1], -1)
     best, least = largest.clone(), torch.full_like(largest, torch.inf)
-    for factor in _SHRINK.tolist():
+    for factor in _SHRINK:
         scale = (largest * factor).clamp_min(torch.finfo(torch.float32).tiny)
         error = (torch.round(grouped / scale[..., None]).clamp_(low, high) * scale[..., None] - grouped).square_()
         loss = (error * weights).sum(-1)

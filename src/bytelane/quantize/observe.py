@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,11 @@ class Observer:
         layers: the layers by name.
         input_histograms: the layers whose inputs need the histogram of a percentile.
         output_histograms: likewise for outputs.
+
+    Attributes:
+        by_readers: what was seen of inputs, by the layers that read them together, in whole passes.
+        outputs: likewise of outputs, by layer.
+        tokens: read in whole passes.
     """
 
     def __init__(
@@ -168,10 +174,11 @@ class Observer:
         self._input_histograms = frozenset(input_histograms)
         self._output_histograms = frozenset(output_histograms)
         self._pass: dict[tuple[int, int], _Read] = {}
-        self._by_readers: dict[tuple[str, ...], Statistics] = {}
-        self._outputs = {name: Statistics() for name in layers}
+        self._written: list[tuple[str, Statistics]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._tokens = 0
+        self.by_readers: dict[tuple[str, ...], Statistics] = {}
+        self.outputs = {name: Statistics() for name in layers}
+        self.tokens = 0
 
     def __enter__(self) -> Observer:
         for name, layer in self._layers.items():
@@ -205,7 +212,7 @@ class Observer:
     def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             kept = name in self._output_histograms
-            self._outputs[name].add(self._statistics(output, name, "output", histogram=kept))
+            self._written.append((name, self._statistics(output, name, "output", histogram=kept)))
 
         return hook
 
@@ -218,11 +225,26 @@ class Observer:
         return found
 
     def end_pass(self, tokens: int) -> None:
-        """Add the inputs of the forward pass that just ended to the sets of layers that read them; let go of them."""
+        """Count the forward pass that just ended, its inputs under the sets of layers that read them, and let go."""
         for read in self._pass.values():
-            self._by_readers.setdefault(tuple(read.readers), Statistics()).add(read.statistics)
-        self._pass = {}
-        self._tokens += tokens
+            self.take("input", tuple(read.readers), read.statistics)
+        for name, statistics in self._written:
+            self.take("output", (name,), statistics)
+        self._pass, self._written = {}, []
+        self.tokens += tokens
+
+    def take(self, side: str, names: tuple[str, ...], statistics: Statistics) -> None:
+        """Add statistics of what these layers read together, or one of them wrote.
+
+        Raises:
+            ValueError: a layer that is not observed, or a side that is neither `"input"` nor `"output"`.
+        """
+        if side not in ("input", "output") or not names or not set(names) <= set(self._layers):
+            raise ValueError(f"no such side: {side} of {', '.join(names)}")
+        if side == "input":
+            self.by_readers.setdefault(names, Statistics()).add(statistics)
+        else:
+            self.outputs[names[0]].add(statistics)
 
     def result(self) -> Observations:
         """Unite the readers over all passes.
@@ -238,11 +260,11 @@ class Observer:
             return name
 
         order = {name: i for i, name in enumerate(self._layers)}
-        for readers in self._by_readers:
+        for readers in self.by_readers:
             roots = sorted({root(name) for name in readers}, key=order.__getitem__)
             group.update(dict.fromkeys(roots, roots[0]))
         united = {name: Statistics() for name in self._layers if group[name] == name}
-        for readers, statistics in self._by_readers.items():
+        for readers, statistics in self.by_readers.items():
             united[root(readers[0])].add(statistics)
         inputs = {name: united[root(name)] for name in self._layers}
         missed = [name for name in self._layers if not inputs[name].count]
@@ -253,7 +275,20 @@ class Observer:
             )
         members = {head: tuple(name for name in self._layers if root(name) == head) for head in united}
         shared = tuple(names for names in members.values() if len(names) > 1)
-        return Observations(inputs, dict(self._outputs), shared, self._tokens)
+        return Observations(inputs, dict(self.outputs), shared, self.tokens)
+
+
+class Resume(Protocol):
+    """How an observation outlives its process: `bytelane.quantize.resume.ObservationFile`."""
+
+    def load(self, observer: Observer) -> int:
+        """Give the observer what was seen before; returns in how many windows."""
+
+    def seen(self, observer: Observer, windows: int) -> None:
+        """So many windows have been read."""
+
+    def save(self, observer: Observer) -> None:
+        """Keep what the observer has."""
 
 
 @torch.no_grad()
@@ -264,6 +299,7 @@ def observe(
     *,
     input_histograms: Collection[str] = (),
     output_histograms: Collection[str] = (),
+    resume: Resume | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Observations:
     """Run the float model over windows and collect the ranges of its linear layers.
@@ -275,10 +311,12 @@ def observe(
         input_histograms: the layers whose inputs need a percentile, and so the histogram it is read from. A histogram
             costs several times what the smallest and largest value do.
         output_histograms: likewise for outputs.
+        resume: what was seen in the first windows already, and how to keep what is seen.
         progress: called with the number of windows read so far.
 
     Raises:
         CalibrationError: a layer was never reached, or held NaN or infinity.
+        ResumeError: what should be resumed is of something else.
     """
     layers = {name: _linear(model, name) for name in names}
     device = next(model.parameters()).device
@@ -286,11 +324,17 @@ def observe(
     model.eval()
     try:
         with Observer(layers, input_histograms=input_histograms, output_histograms=output_histograms) as observer:
+            before = resume.load(observer) if resume is not None else 0
             for done, window in enumerate(windows, start=1):
-                model(input_ids=window[None].to(device), use_cache=False)
-                observer.end_pass(window.numel())
+                if done > before:
+                    model(input_ids=window[None].to(device), use_cache=False)
+                    observer.end_pass(window.numel())
+                    if resume is not None:
+                        resume.seen(observer, done)
                 if progress is not None:
                     progress(done)
+            if resume is not None:
+                resume.save(observer)
     finally:
         model.train(training)
     return observer.result()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +29,12 @@ from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
 from bytelane.generation import peak_memory_bytes
 from bytelane.packing import pack_rows
 from bytelane.quantize.fold import check_same_function, equalize, rotate
+from bytelane.quantize.kv import observe_kv
 from bytelane.quantize.observe import Observations, Statistics, observe, range_scale
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Range, Recipe, RecipeError
 from bytelane.quantize.report import LayerReport, QuantizationReport
+from bytelane.quantize.resume import ObservationFile, fingerprint
 from bytelane.quantize.rounding import round_to_nearest
 from bytelane.quantize.search import search_ranges
 from bytelane.quantize.sequential import quantize_sequentially
@@ -41,11 +44,14 @@ DEFAULT_WINDOW = 512
 DEFAULT_WINDOWS = 32
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the steps done and the steps in all: `"equalize"` and `"observe"` count windows, `"search"`
-ranges tried, `"gptq"` decoder layers, `"write"` modules."""
+"""Called with the stage, the steps done and the steps in all: `"equalize"`, `"observe"` and `"kv cache"` count windows,
+`"search"` ranges tried, `"gptq"` decoder layers, `"write"` modules."""
 
-SEARCH_WINDOWS = 2
-"""Windows whose loss judges a range: it is read once for each range tried."""
+SEARCH_TOKENS = 512
+"""Tokens whose loss judges a range, in whole windows: they are read once for each range tried."""
+
+EQUALIZE_WINDOWS = 8
+"""Windows that say how loud each channel is: more do not change how channels compare."""
 
 SEARCHED = "loss"
 """The label of a range that was chosen by loss."""
@@ -105,6 +111,7 @@ def quantize_model(
     window: int = DEFAULT_WINDOW,
     max_windows: int | None = DEFAULT_WINDOWS,
     dtype: torch.dtype | None = None,
+    resume: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationReport:
@@ -123,6 +130,8 @@ def quantize_model(
         dtype: of what stays float in the checkpoint, and of the model it will be; None for the model's own. A model run
             in float32 so that calibration is exact (or fast, on a processor without bfloat16 arithmetic) is stored in
             bfloat16 by giving it here.
+        resume: a file that keeps what was observed, written while observing; one of the same model, text and recipe
+            that is there already is gone on from.
         overwrite: replace a checkpoint that is there.
         progress: called while observing and writing.
 
@@ -132,6 +141,7 @@ def quantize_model(
         SequentialError: gptq cannot run the model's layers one at a time.
         TextError: the text is too short.
         CalibrationError: the text gives a layer no range.
+        ResumeError: the file to resume from is of another model, text or recipe.
         CheckpointError: the checkpoint cannot be written, under the class that names the rule.
     """
     started = time.perf_counter()
@@ -142,30 +152,35 @@ def quantize_model(
     seen = Observations({}, {}, (), 0)
     used: list[Tensor] = []
 
-    def staged(stage: str) -> Callable[[int], None]:
-        return lambda done: None if progress is None else progress(stage, done, len(used))
+    def staged(stage: str, most: int | None = None) -> Callable[[int], None]:
+        return lambda done: None if progress is None else progress(stage, done, len(used[:most]))
 
-    if plan.observed or recipe.equalize or recipe.rotate or recipe.rounding == "gptq":
+    if plan.observed or recipe.equalize or recipe.rotate or recipe.rounding == "gptq" or recipe.kv_cache:
         used = windows(tokenizer, texts, length=window, limit=max_windows)
     source = model
     if recipe.rotate or recipe.equalize or recipe.rounding == "gptq":
         source = copy.deepcopy(model).eval()
     if recipe.rotate:
-        rotate(source)
+        rotate(source, used[:1])
         plan = make_plan(source, recipe)  # a tied head is no longer
     if recipe.equalize:
-        equalize(source, used, progress=staged("equalize"))
+        equalize(source, used[:EQUALIZE_WINDOWS], progress=staged("equalize", EQUALIZE_WINDOWS))
     if recipe.rotate or recipe.equalize:
         check_same_function(model, source, used[0])
     if plan.observed:
+        kept = None
+        if resume is not None:
+            kept = ObservationFile(Path(resume), fingerprint(source, used, recipe.model_dump_json(), plan.observed))
         seen = observe(
             source,
             used,
             plan.observed,
             input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or recipe.search],
             output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or recipe.search],
+            resume=kept,
             progress=staged("observe"),
         )
+    kv_scales = observe_kv(source, used, progress=staged("kv cache")) if recipe.kv_cache else {}
     inputs, outputs = _sides(plan, seen)
     if recipe.search:
         _search(source, used, seen, inputs, outputs, recipe.search, progress)
@@ -192,6 +207,7 @@ def quantize_model(
             storage=recipe.storage,
             modules=_rounded(source, plan, rounded, inputs, outputs, stored_dtype, progress),
             plain=_plain(source, plan, stored_dtype),
+            kv_scales=kv_scales,
             unquantized=plan.unquantized,
             tied=plan.tied,
             copy_from=copy_from or temporary,
@@ -208,6 +224,7 @@ def quantize_model(
         windows=len(used),
         tokens=seen.tokens,
         float_bytes=_float_bytes(model, stored_dtype),
+        kv_layers=len(kv_scales),
         checkpoint_bytes=sum(path.stat().st_size for path in written.glob("*.safetensors")),
         seconds=round(time.perf_counter() - started, 3),
         peak_bytes=peak_memory_bytes(),
@@ -226,7 +243,7 @@ def _search(
     """Replace the sides of the loudest tensors by what the loss says of them."""
     choices = search_ranges(
         model,
-        used[:SEARCH_WINDOWS],
+        used[: math.ceil(SEARCH_TOKENS / used[0].numel())],
         seen,
         _scales(inputs),
         _scales(outputs),
@@ -392,6 +409,7 @@ def quantize_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    resume: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationReport:
@@ -410,6 +428,7 @@ def quantize_checkpoint(
         compute_dtype: of the float model while it is observed. float32 keeps the ranges free of rounding, and is
             several times faster on a processor without bfloat16 arithmetic; bfloat16 halves the memory.
         device: where the float model runs.
+        resume: see `quantize_model`.
         overwrite: replace a checkpoint that is there.
         progress: called while observing and writing.
 
@@ -429,6 +448,7 @@ def quantize_checkpoint(
         window=window,
         max_windows=max_windows,
         dtype=dtype,
+        resume=resume,
         overwrite=overwrite,
         progress=progress,
     )

@@ -137,6 +137,7 @@ class Recipe(_Frozen):
             Other weights are rounded to the nearest.
         search: how many of the loudest activation tensors get their range by the model's loss
             (`bytelane.quantize.search`).
+        kv_cache: observe static int8 scales of the attention's keys and values too, for runtimes with an int8 cache.
     """
 
     default_bits: Bits = 8
@@ -155,6 +156,7 @@ class Recipe(_Frozen):
     equalize: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     search: Annotated[int, Field(strict=True, ge=0)] = 0
+    kv_cache: bool = False
 
     @model_validator(mode="after")
     def _check_storage(self) -> Recipe:

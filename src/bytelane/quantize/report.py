@@ -57,6 +57,7 @@ class QuantizationReport:
         checkpoint_bytes: safetensors files of the checkpoint.
         seconds: wall time, without loading the float model.
         peak_bytes: the most memory the process has held so far, loading the float model included.
+        kv_layers: attention modules with int8 scales of their KV cache.
     """
 
     output: str
@@ -72,6 +73,7 @@ class QuantizationReport:
     checkpoint_bytes: int
     seconds: float
     peak_bytes: int = 0
+    kv_layers: int = 0
 
     @property
     def labels(self) -> dict[str, int]:

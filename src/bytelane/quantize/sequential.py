@@ -2,27 +2,33 @@
 
 The hidden states that enter the first layer are kept for every window. For each layer in turn
 
-1. the layer reads them with its static int8 sides simulated, and the Hessians of its linears' (dequantized int8) inputs
-   are summed;
-2. its weights are rounded with them, and replaced by what the codes stand for;
-3. it reads them again, and what comes out enters the next layer.
+1. the float layer reads what float layers made, and its linears' inputs are kept for a window, and how long each
+   token's residual stream is afterwards: errors of `o` and `down` are weighted by one over that;
+2. the layer reads what quantized layers made, with its static int8 sides simulated, and the Hessians of its linears'
+   (dequantized int8) inputs are summed, and how they differ from the float ones;
+3. its weights are corrected and rounded with them, and replaced by what the codes stand for; its biases are corrected;
+4. it reads the states of 2 again, and what comes out enters the next layer.
 
-So the whole costs two passes over the text. Held at a time: the hidden states of all windows (windows x tokens x width
-floats) and one layer's Hessians, whatever the depth of the model.
+So the whole costs three passes over the text. Held at a time: the hidden states of all windows, twice (windows x tokens
+x width floats), and one layer's Hessians, whatever the depth of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bytelane.checkpoint import QuantizedModule
-from bytelane.quantize.gptq import Hessian, gptq
+from bytelane.quantize.blocks import blocks
+from bytelane.quantize.gptq import Hessian, corrected, corrected_bias, gptq
 from bytelane.quantize.layerwise import Call, decoder_layers, first_hidden, layer_calls, run_layer
 from bytelane.quantize.simulate import Simulation, fake_quantize
+
+_SHORTEST = 1e-6
+"""Of a residual stream, so that a token without any has a weight."""
 
 
 @torch.no_grad()
@@ -39,7 +45,7 @@ def quantize_sequentially(
     """Round the linears inside the decoder layers.
 
     Args:
-        model: a transformers decoder; **its weights are replaced** by what the codes stand for.
+        model: a transformers decoder; **its weights are replaced** by what the codes stand for, its biases corrected.
         windows: int64 `[length]` token ids each, all of one length.
         modules: the modules to quantize; those outside the decoder layers, and embeddings, are left for later.
         inputs: the static input scales by name; a layer that is absent has a float input.
@@ -58,21 +64,27 @@ def quantize_sequentially(
     device = next(model.parameters()).device
     used = [window.to(device) for window in windows]
     calls = layer_calls(model, layers, used[0])
-    states = [first_hidden(model, layers[0], window) for window in used]
+    exact = [first_hidden(model, layers[0], window) for window in used]
+    states = list(exact)
+    writers = {linear for b in blocks(model) if b.plain_residual for linear in (b.o, b.down)}
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    with Simulation(model, inputs, outputs):
+    with Simulation(model, inputs, outputs) as simulation:
         for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
             names = {
                 f"{prefix}.{index}.{name}": linear
                 for name, linear in layer.named_modules()
                 if isinstance(linear, nn.Linear) and f"{prefix}.{index}.{name}" in by_name
             }
-            hessians = _hessians(layer, call, names, states, inputs, shared)
+            hessians, exact = _hessians(simulation, layer, call, names, writers, states, exact, shared)
             for name, linear in names.items():
-                codes, scale = gptq(linear.weight, by_name[name].scheme.weight, hessians[name].sum, name)
+                hessian = hessians[name]
+                codes, scale = gptq(corrected(linear.weight, hessian), by_name[name].scheme.weight, hessian.sum, name)
                 found[name] = (codes, scale)
                 grouped = codes.reshape(codes.shape[0], scale.shape[1], -1).to(torch.float32) * scale[..., None]
-                linear.weight.copy_(grouped.reshape(codes.shape).to(linear.weight.dtype))
+                rounded = grouped.reshape(codes.shape)
+                if linear.bias is not None:
+                    linear.bias.copy_(corrected_bias(linear.bias, linear.weight, rounded, hessian))
+                linear.weight.copy_(rounded.to(linear.weight.dtype))
             states = [run_layer(layer, hidden, call) for hidden in states]
             if progress is not None:
                 progress(index + 1, len(layers))
@@ -80,14 +92,20 @@ def quantize_sequentially(
 
 
 def _hessians(
+    simulation: Simulation,
     layer: nn.Module,
     call: Call,
     names: Mapping[str, nn.Linear],
+    writers: Collection[nn.Module],
     states: Sequence[Tensor],
-    inputs: Mapping[str, float],
+    exact: Sequence[Tensor],
     shared: Sequence[Sequence[str]],
-) -> dict[str, Hessian]:
-    """The Hessian of every linear's input; linears that read one tensor with one scale share the object."""
+) -> tuple[dict[str, Hessian], list[Tensor]]:
+    """The Hessian of every linear's input, and the hidden states that leave the float layer.
+
+    Linears that read one tensor with one scale share the object.
+    """
+    inputs = simulation.inputs
     first: dict[str, str] = {}
     for group in shared:
         leaders: dict[float | None, str] = {}
@@ -98,21 +116,31 @@ def _hessians(
         for name, linear in names.items()
         if first.get(name, name) == name
     }
+    wanted: dict[str, Tensor] = {}
+    left: list[Tensor] = []
 
-    def hook_of(hessian: Hessian, scale: float | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hessian.add(args[0] if scale is None else fake_quantize(args[0], scale))
+    def hook_of(name: str, hessian: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if simulation.paused:
+                wanted[name] = args[0]
+                return
+            scale = inputs.get(name)
+            weights = 1.0 / left[-1].norm(dim=-1).clamp_min(_SHORTEST) if linear in writers else None
+            hessian.add(args[0] if scale is None else fake_quantize(args[0], scale), wanted.pop(name), weights)
 
         return hook
 
     handles = [
-        names[name].register_forward_pre_hook(hook_of(hessian, inputs.get(name)), prepend=True)
-        for name, hessian in found.items()
+        names[name].register_forward_pre_hook(hook_of(name, hessian), prepend=True) for name, hessian in found.items()
     ]
     try:
-        for hidden in states:
+        for hidden, float_hidden in zip(states, exact, strict=True):
+            simulation.paused = True
+            left.append(run_layer(layer, float_hidden, call))
+            simulation.paused = False
             run_layer(layer, hidden, call)
     finally:
+        simulation.paused = False
         for handle in handles:
             handle.remove()
-    return {name: found[first.get(name, name)] for name in names}
+    return {name: found[first.get(name, name)] for name in names}, left

@@ -7,13 +7,11 @@ measured by its own integer layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-
-from bytelane.evaluate import perplexity
 
 
 def fake_quantize(x: Tensor, scale: float) -> Tensor:
@@ -29,12 +27,14 @@ class Simulation:
     Attributes:
         inputs: layer name to input scale; a layer that is absent keeps its float input.
         outputs: likewise for outputs.
+        paused: whether all sides are float for now.
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, float], outputs: Mapping[str, float]) -> None:
         self._model = model
         self.inputs: dict[str, float] = dict(inputs)
         self.outputs: dict[str, float] = dict(outputs)
+        self.paused = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Simulation:
@@ -50,16 +50,12 @@ class Simulation:
 
     def _attach(self, name: str, linear: nn.Linear) -> None:
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            scale = self.inputs.get(name)
+            scale = None if self.paused else self.inputs.get(name)
             return None if scale is None else (fake_quantize(args[0], scale), *args[1:])
 
         def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            scale = self.outputs.get(name)
+            scale = None if self.paused else self.outputs.get(name)
             return None if scale is None else fake_quantize(output, scale)
 
         self._handles.append(linear.register_forward_pre_hook(before))
         self._handles.append(linear.register_forward_hook(after))
-
-    def loss(self, windows: Sequence[Tensor]) -> float:
-        """Mean negative log-likelihood, in nats a token, with the scales of the moment."""
-        return perplexity(self._model, windows).nll

@@ -20,6 +20,7 @@ from bytelane.checkpoint import KVScales
 from bytelane.errors import CheckpointError, UnsupportedFormatError
 from bytelane.layers import QuantEmbedding, QuantLinear
 from bytelane.quantize.fold import equalize, rotate
+from bytelane.quantize.kv import observe_kv
 from bytelane.quantize.observe import Observations, observe, range_scale
 from bytelane.quantize.pipeline import activation_limit
 from bytelane.quantize.plan import Plan, make_plan
@@ -27,7 +28,7 @@ from bytelane.quantize.recipe import Range, Recipe, RecipeError
 from bytelane.scheme import EmbeddingScheme, LinearScheme
 from bytelane.tune.fake import fake_quantize_int8
 from bytelane.tune.modules import TunedEmbedding, TunedLinear, log_scale
-from bytelane.tune.ranges import observe_kv, start_weight_scale
+from bytelane.tune.ranges import start_weight_scale
 
 KV_LEAVES = ("log_k_cache_scale", "log_v_cache_scale")
 """Parameters of an attention module whose keys and values are quantized."""
@@ -202,7 +203,7 @@ def prepare(
     if recipe.rounding != "nearest" or recipe.search:
         raise RecipeError("tuning rounds to nearest and learns its ranges; leave `rounding` and `search` out")
     if recipe.rotate:
-        rotate(model)
+        rotate(model, windows[:1])
         plan = make_plan(model, recipe)  # a tied head is no longer
     if recipe.equalize:
         equalize(model, windows, progress=None if progress is None else lambda n: progress("equalize", n, len(windows)))
