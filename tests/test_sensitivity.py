@@ -18,6 +18,7 @@ from bytelane.quantize.sensitivity import (
     sampled_gradient,
     shared_inputs,
     squared_products,
+    try_out,
 )
 from calibration import make_documents, make_model, make_tokenizer
 
@@ -110,6 +111,25 @@ def test_each_layers_loss_is_the_models(rounding: str) -> None:
     assert float(logs.abs().max()) < math.log(2)
 
 
+def test_a_trial_sets_what_gradients_expect_right() -> None:
+    """At the width that is tried the losses of a group are its divergence, exactly; weights are as before."""
+    model = loud_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    modules = [m for m in make_plan(model, Recipe()).modules if m.name in names]
+    rounded = candidates(model, WINDOWS, modules, dict.fromkeys(names, (3, 8)), rounding="nearest")
+    found = Sensitivity()
+    list(measure(model, WINDOWS, rounded, found))
+    expected = found.losses(names[0])
+    list(try_out(model, WINDOWS[:3], [names], rounded, 3, found))
+    changes = {f"{n}.weight": codes.double() * scale for n, (codes, scale) in ((n, rounded[n][3]) for n in names)}
+    true = divergence(model, changes, WINDOWS[:3])
+    assert sum(found.losses(n)[3] for n in names) == pytest.approx(true, rel=1e-3)
+    assert found.losses(names[0])[8] == pytest.approx(expected[8] * found.factors[names[0]], rel=1e-3)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert list(try_out(model, WINDOWS[:3], [names], rounded, 3, found)) == []  # known
+
+
 def test_layers_that_read_one_tensor_are_found() -> None:
     model = make_model()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -132,6 +152,10 @@ def test_a_measurement_goes_on_where_it_ended(tmp_path) -> None:
     assert all(p.requires_grad for p in model.parameters())
     again = Sensitivity.load(file, of)
     assert again.windows == 2
+    again.factors = {"x": 2.0}
+    again.save(file, of)
+    assert Sensitivity.load(file, of) == again
+    again.factors = {}
     list(measure(model, WINDOWS[:5], rounded, again))
     assert again == whole
     with pytest.raises(SensitivityError, match=r"losses\.json: its losses are of another model"):

@@ -9,7 +9,7 @@ Layers that read one tensor get one width, so that a runtime may merge them. A t
 
 from __future__ import annotations
 
-import copy
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bytelane.checkpoint import QuantizedModule
 from bytelane.quantize.bit_plan import VERSION, BitPlan, PlannedLayer
-from bytelane.quantize.fold import check_same_function, equalize, rotate
 from bytelane.quantize.knapsack import BudgetError, Solution, solve
-from bytelane.quantize.pipeline import DEFAULT_WINDOW, DEFAULT_WINDOWS, Progress, load_float_model
+from bytelane.quantize.pipeline import DEFAULT_WINDOW, DEFAULT_WINDOWS, Progress, folded, load_float_model
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import GEMMA_BITS, Head, Recipe
-from bytelane.quantize.sensitivity import Sensitivity, candidates, fingerprint, measure, shared_inputs
+from bytelane.quantize.sensitivity import Sensitivity, candidates, fingerprint, measure, shared_inputs, try_out
 from bytelane.quantize.text import Split, read_files, windows
 from bytelane.scheme import MAX_BITS, MIN_BITS, Kind, LinearScheme
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 """Tried where the storage holds them."""
+
+TRIAL_WINDOWS = 2
+"""Windows that each group of layers is tried out on."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def plan_bits(
         max_windows: read at most this many windows; None for all of the text.
         dtype: of what stays float in the checkpoint; None for the model's own.
         cache: a file for the measured losses. It grows with every window; what it holds already is not measured again.
-        progress: called while equalizing, rounding (modules) and measuring (windows).
+        progress: called while equalizing, rounding (modules), measuring (windows) and trying out (groups of layers).
 
     Raises:
         BudgetError: no choice fits the budget.
@@ -134,13 +136,7 @@ def plan_bits(
         return lambda done, total: None if progress is None else progress(stage, done, total)
 
     make_plan(model, recipe)  # what is wrong with the recipe is said before the text is read
-    source = copy.deepcopy(model).eval()
-    if recipe.rotate:
-        rotate(source)
-    if recipe.equalize:
-        equalize(source, used, progress=lambda done: staged("equalize")(done, len(used)))
-    if recipe.rotate or recipe.equalize:
-        check_same_function(model, source, used[0])
+    source = folded(model, recipe, used, lambda done: staged("equalize")(done, len(used)))
     plan = make_plan(source, recipe)
     _untie(source, plan)
     free = [m for m in plan.modules if not any(re.search(p, m.name) for p in recipe.bits)]
@@ -148,14 +144,20 @@ def plan_bits(
         raise BudgetError("the recipe's `bits` patterns give every layer its width; there is none to choose")
     of = fingerprint(model, used, recipe.model_dump_json(), tried)
     found = Sensitivity() if cache is None else Sensitivity.load(cache, of)
-    if found.windows < len(used):
-        every = {m.name: tried for m in free}
-        rounded = candidates(source, used, free, every, rounding=recipe.rounding, progress=staged("round"))
-        for _ in measure(source, used, rounded, found, staged("measure")):
-            if cache is not None:
-                found.save(cache, of)
     linears = [m.name for m in plan.modules if m.kind is Kind.LINEAR]
     leader = {n: names[0] for names in shared_inputs(source, used[0], linears) for n in names}
+    together: dict[str, list[str]] = {}
+    for m in free:
+        together.setdefault(leader.get(m.name, m.name), []).append(m.name)
+    if found.windows < len(used) or len(found.factors) < len(free):
+        every, middle = {m.name: tried for m in free}, tried[(len(tried) - 1) // 2]
+        rounded = candidates(source, used, free, every, rounding=recipe.rounding, progress=staged("round"))
+        steps = measure(source, used, rounded, found, staged("measure"))
+        trials = [*together.values()]
+        tries = try_out(source, used[:TRIAL_WINDOWS], trials, rounded, middle, found, staged("try out"))
+        for _ in itertools.chain(steps, tries):
+            if cache is not None:
+                found.save(cache, of)
     head = source.get_output_embeddings()
     weight_only = recipe.head is Head.WEIGHTS
     tied = {table: name for name, table in plan.tied.items()}

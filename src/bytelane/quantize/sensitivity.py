@@ -1,4 +1,4 @@
-r"""What each layer's rounding costs the model, at every width, from gradients: no layer is tried out.
+r"""What each layer's rounding costs the model at every width: from gradients, held against one trial a layer.
 
 Rounding a weight W to Q changes the model's next-token distributions p. To second order, summed over a window's tokens,
 
@@ -14,7 +14,10 @@ The sum over rows r is taken outside the square: what rows (output channels) hav
 rounded by itself, and a sum of many squares is known from few windows where a single square is not. D is of the
 rounding that will be used: to the nearest, or GPTQ's, whose errors along the inputs cancel.
 
-These losses add up over layers as long as they are small; a plan is judged by the checkpoint that comes of it.
+Where a rounding is no longer small this is too little: in SmolLM2 the gate that makes a massive activation costs four
+times as much at 4 bits. So the layers that read one tensor are then tried out together, rounded to one width in the
+middle, and the losses of all their widths are multiplied by what the trial's divergence is over the expected one. What
+remains is that losses add up over layers only as long as all of them are small; a checkpoint is judged by itself.
 """
 
 from __future__ import annotations
@@ -41,6 +44,9 @@ from bytelane.scheme import WeightScheme
 _CHUNK_WEIGHTS = 1 << 22
 """Weights whose rounding errors are held in float32 at a time."""
 
+_NOTICED = 1e-6
+"""nats a token: the divergence that roundings of float32 logits make up is some ten times less."""
+
 Candidates = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
 """By module and width: int8 codes `[out, in]` and float32 scales `[out, groups]`."""
 
@@ -57,15 +63,18 @@ class Sensitivity:
         sums: by module and width, `sum_r <G_r, D_r>^2` over the windows read.
         tokens: predicted in those windows.
         windows: read.
+        factors: by module, the divergence in a trial over the expected one.
     """
 
     sums: dict[str, dict[int, float]] = field(default_factory=dict)
     tokens: int = 0
     windows: int = 0
+    factors: dict[str, float] = field(default_factory=dict)
 
     def losses(self, name: str) -> dict[int, float]:
         """A module's expected loss at every width, in nats a token, to four digits; none of one not measured."""
-        return {bits: float(f"{0.5 * total / self.tokens:.4g}") for bits, total in self.sums.get(name, {}).items()}
+        scale = 0.5 * self.factors.get(name, 1.0) / max(1, self.tokens)
+        return {bits: float(f"{scale * total:.4g}") for bits, total in self.sums.get(name, {}).items()}
 
     @classmethod
     def load(cls, file: Path, of: str) -> Sensitivity:
@@ -83,7 +92,8 @@ class Sensitivity:
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
             sums = {str(n): {int(b): float(v) for b, v in widths.items()} for n, widths in held["sums"].items()}
-            found = cls(sums, int(held["tokens"]), int(held["windows"]))
+            factors = {str(n): float(v) for n, v in held["factors"].items()}
+            found = cls(sums, int(held["tokens"]), int(held["windows"]), factors)
             measured = str(held["of"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SensitivityError(f"{file}: no file of measured losses: {error!r}; give another name") from error
@@ -96,7 +106,7 @@ class Sensitivity:
 
     def save(self, file: Path, of: str) -> None:
         """Write the sums: all of them, or the file stays as it was."""
-        values = {"of": of, "windows": self.windows, "tokens": self.tokens, "sums": self.sums}
+        values = {"of": of, **vars(self)}
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
         partial.replace(file)
@@ -283,3 +293,57 @@ def measure(
             if progress is not None:
                 progress(found.windows, len(windows))
             yield
+
+
+@torch.no_grad()
+def try_out(
+    model: Any,
+    windows: Sequence[Tensor],
+    groups: Sequence[Sequence[str]],
+    rounded: Candidates,
+    bits: int,
+    found: Sensitivity,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[None]:
+    """Hold the expected losses against a trial of each group of modules, one at each step of the iteration.
+
+    Args:
+        model: the float model, in evaluation mode; its parameters are as before between and after the steps.
+        windows: int64 `[length]` token ids each; read once for each group, their float logits are held.
+        groups: the modules that are tried together; those that have factors are left out.
+        rounded: see `candidates`.
+        bits: the width tried.
+        found: measured; its factors are added to.
+        progress: called with the groups tried and the groups in all.
+    """
+    device = next(model.parameters()).device
+    used = [window[None].to(device) for window in windows]
+
+    def log_probabilities(ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, use_cache=False).logits[0].to(torch.float32).log_softmax(-1)
+        return found
+
+    if any(group[0] not in found.factors for group in groups):
+        wanted = [log_probabilities(ids) for ids in used]
+    for done, group in enumerate(groups, start=1):
+        if group[0] in found.factors:
+            continue
+        weights = {name: model.get_submodule(name).weight for name in group}
+        kept = {name: weight.clone() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            codes, scale = rounded[name][bits]
+            grouped = codes.to(torch.float32).reshape(codes.shape[0], scale.shape[1], -1) * scale[..., None]
+            weight.copy_(grouped.reshape(codes.shape))
+        total = 0.0
+        for before, ids in zip(wanted, used, strict=True):
+            total += float((before.exp() * (before - log_probabilities(ids))).sum())
+        for name, weight in weights.items():
+            weight.copy_(kept[name])
+        true = max(0.0, total / sum(ids.numel() for ids in used))
+        expected = sum(0.5 * found.sums[name][bits] / found.tokens for name in group)
+        # A trial that changes next to nothing is all rounding of float32; what gradients say is then the better guess.
+        factor = true / expected if true > _NOTICED and expected > 0 else 1.0
+        found.factors |= dict.fromkeys(group, factor)
+        if progress is not None:
+            progress(done, len(groups))
+        yield
