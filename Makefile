@@ -141,6 +141,13 @@ bench-readme: $(READY) ## Measure the README's CPU figures beside the peers and 
 	$(BIN)/python benchmarks/readme.py --wrap "$(WRAP)" $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
 	  $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON) --model $(MODEL) --gguf $(GGUF))
 
+WHEELS := build/wheel
+.PHONY: wheel
+wheel: $(READY) ## Build the wheel into build/wheel and check what is in it, and how large.
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) .
+	$(BIN)/python tests/check_wheel.py $(WHEELS)/*.whl
+
 docs: $(READY) ## Build the documentation into site/, strictly.
 	$(BIN)/python -m pip install --quiet --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -18,6 +18,7 @@ from bytelane.models import load_model, open_model, resolve_checkpoint
 from bytelane.numerics import linear_integer
 from bytelane.sampling import Sampling
 from bytelane.scheme import LinearScheme
+from check_wheel import problems, source_files
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "small"
 FOLDER = bytelane.shipped_model()
@@ -134,3 +135,24 @@ def test_training_computes_the_integer_layer(monkeypatch: pytest.MonkeyPatch) ->
     assert float((steps > 0.5).float().mean()) < 0.2
     assert not json.loads((FOLDER / "config.json").read_text())["tie_word_embeddings"]
     sys.modules.pop("model")
+
+
+def test_what_is_wrong_with_a_wheel_is_said() -> None:
+    """`make wheel` builds one and checks it so; here, that the check can fail."""
+    sources = source_files()
+    assert "bytelane/data/small/model.safetensors" in sources
+    good = dict.fromkeys([*sources, "bytelane/_native.x.so", "bytelane-1.dist-info/licenses/LICENSE"], 1)
+    assert problems(good, 10, sources) == []
+    model = "bytelane/data/small/model.safetensors"
+    for change, rule in (
+        ({model: 5_000_001}, "the small model takes"),
+        ({"bytelane/_native.y.so": 1}, "one native module belongs there"),
+        ({"tests/test_shipped.py": 1}, "tests/test_shipped.py does not belong there"),
+    ):
+        (found,) = problems(good | change, 10, sources)
+        assert rule in found
+    for name, rule in ((model, f"{model} is missing"), ("bytelane-1.dist-info/licenses/LICENSE", "the licence")):
+        (found,) = problems({n: taken for n, taken in good.items() if n != name}, 10, sources)
+        assert rule in found
+    (found,) = problems(good, 20_000_001, sources)
+    assert "the wheel has" in found

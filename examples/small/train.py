@@ -248,6 +248,7 @@ def main() -> None:
         stage("float", model, maybe(float_loss), adam, batches(train, arguments.batch, device, arguments.seed),
               arguments.float_steps, arguments.float_seconds, **common)  # fmt: skip
         save_model(model, out, "float", torch.bfloat16)
+        load_model(model, out, "float")  # as a run that goes on from here has it
     size = min(arguments.batch, 32)
     log(stage="float", heldout=evaluate(lambda ids: logits_of(model, ids), held, size, device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,10 +18,16 @@ from bytelane.cli.output import (
     size,
     table,
 )
+from bytelane.cli.planning import compare_to_plan, describe_plan, plan_in, print_plan
 
 
 def inspect(
-    model: ModelArgument,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a hub id, bytelane:small, or a plan file.")
+    ],
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Also say where the checkpoint is not as this plan.")
+    ] = None,
     overrides: OverridesOption = None,
     json_output: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -31,18 +38,30 @@ def inspect(
     also loads. A side marked *float* has no scale, or a scale of 0 (not calibrated), and is not quantized. With
     `--overrides`, layers are shown as they would be loaded, and those that the file changes are marked.
 
+    A plan (`bytelane quantize --write-plan`) is checked and shown as it is: bits, bytes, what each width costs.
+
     Example: `bytelane inspect ./my-model --json | jq .totals`
     """
     from bytelane.cli.common import quiet
     from bytelane.models import open_model
     from bytelane.overrides import Overrides
+    from bytelane.quantize import BitPlan
     from bytelane.report.describe import describe_checkpoint
 
     quiet()
-    given = Overrides(overrides)
+    if plan_in(Path(model)):
+        shown = BitPlan.load(model)
+        if json_output:
+            emit(describe_plan(shown))
+        else:
+            print_plan(shown)
+        return
+    given, wanted = Overrides(overrides), None if plan is None else BitPlan.load(plan)
     checkpoint, _ = open_model(model, trust_remote_code=trust_remote_code)
     with checkpoint:
         summary = describe_checkpoint(checkpoint, given.resolve(checkpoint))
+    if wanted is not None and plan is not None:
+        summary["not_as_planned"] = compare_to_plan(summary, wanted, plan)
     if json_output:
         emit(summary)
         return
@@ -89,6 +108,8 @@ def _print(summary: dict[str, Any]) -> None:
     if bare:
         lines.append(f"no scales    {', '.join(bare[:8])}" + (f" and {len(bare) - 8} more" if len(bare) > 8 else ""))
     lines += [f"note         {note}" for note in summary["notes"]]
+    if "not_as_planned" in summary:
+        lines += [f"plan         {line}" for line in summary["not_as_planned"] or ("every layer is as planned",)]
     print("\n".join(lines))
 
 

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bytelane.cli.output import JsonOption, ModelArgument, ThreadsOption, TrustOption, emit, progress, size, steps
+from bytelane.cli.planning import (
+    AverageBitsOption,
+    LossBudgetOption,
+    LossesOption,
+    SizeBudgetOption,
+    WidthsOption,
+    WritePlanOption,
+    chosen_budget,
+    describe_plan,
+    parse_widths,
+    plan_lines,
+)
 from bytelane.cli.recipe import (
     BitsOption,
     DefaultBitsOption,
@@ -17,6 +29,7 @@ from bytelane.cli.recipe import (
     EqualizeOption,
     GgufOption,
     HeadOption,
+    PlanOption,
     RecipeOption,
     RotateOption,
     SourceArgument,
@@ -71,11 +84,21 @@ def convert(
 
 def quantize(
     source: SourceArgument,
-    out: OutputArgument,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="The folder to make; may be left out with --write-plan.")
+    ] = None,
+    *,
     text: Annotated[
         list[Path], typer.Option("--text", help="Text to observe the model on (.txt, .utf8, .jsonl); repeatable.")
     ],
     recipe: RecipeOption = None,
+    plan: PlanOption = None,
+    size_budget: SizeBudgetOption = None,
+    average_bits: AverageBitsOption = None,
+    loss_budget: LossBudgetOption = None,
+    widths: WidthsOption = None,
+    losses: LossesOption = None,
+    write_plan: WritePlanOption = None,
     default_bits: DefaultBitsOption = None,
     bits: BitsOption = None,
     granularity: Annotated[
@@ -122,10 +145,14 @@ def quantize(
     same tensor share one input scale. Weights are rounded to nearest, or by GPTQ with the integer layers' own inputs.
     The folder that comes out is complete, or it does not come out at all.
 
+    With a budget the widths that no --bits pattern gives are chosen: what each would cost is measured on the text, and
+    those that cost least are taken. --write-plan keeps the choice in a file; without OUT nothing else is made.
+
     Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\.=4' --range 99.99`
     """
     from bytelane.cli.common import check_split, parse_dtype, quiet, set_threads, source_folder
-    from bytelane.quantize import quantize_checkpoint
+    from bytelane.errors import OutputExistsError
+    from bytelane.quantize import plan_checkpoint, quantize_checkpoint
 
     quiet()
     set_threads(threads)
@@ -146,28 +173,49 @@ def quantize(
         "search": search,
         "kv_cache": kv_cache,
     }
-    made = chosen_recipe(recipe, given)
+    budget = chosen_budget(size_budget, average_bits, loss_budget)
+    if budget is not None and plan is not None:
+        raise typer.BadParameter(f"the widths are chosen in {plan}; give a budget or a plan", param_hint="--plan")
+    if budget is None and (widths, losses, write_plan) != (None, None, None):
+        raise typer.BadParameter("go with --size-budget, --average-bits or --loss-budget", param_hint="--write-plan")
+    if out is None and write_plan is None:
+        raise typer.BadParameter("give the folder to make; only --write-plan does without", param_hint="OUT")
+    if out is not None and not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError("exists and is not empty; choose another folder or allow overwriting", file=out)
+    made = chosen_recipe(recipe, given, plan, (source, gguf))
     chosen = parse_dtype(dtype)
     assert chosen is not None
-    with steps() as report_step:
-        report = quantize_checkpoint(
-            source_folder(source),
-            out,
-            made,
-            text,
-            gguf_file=gguf,
-            split=check_split(split),
-            window=window,
-            max_windows=windows,
-            dtype=chosen,
-            resume=resume,
-            overwrite=overwrite,
-            progress=report_step,
-        )
+    folder, tried = source_folder(source), parse_widths(widths)
+    common: dict[str, Any] = {
+        "gguf_file": gguf,
+        "split": check_split(split),
+        "window": window,
+        "max_windows": windows,
+        "dtype": chosen,
+    }
+    bit_plan = report = None
+    if budget is not None:
+        with steps() as report_step:
+            bit_plan = plan_checkpoint(
+                folder, made, text, budget, widths=tried, cache=losses, progress=report_step, **common
+            )
+        made = bit_plan.to_recipe()
+        if write_plan is not None:
+            bit_plan.save(write_plan)
+    if out is not None:
+        with steps() as report_step:
+            report = quantize_checkpoint(
+                folder, out, made, text, resume=resume, overwrite=overwrite, progress=report_step, **common
+            )
     if json_output:
-        emit({"recipe": made.model_dump(mode="json"), **report.to_dict()})
+        planned = {} if bit_plan is None else {"plan": describe_plan(bit_plan)}
+        done = {} if report is None else report.to_dict()
+        emit({"recipe": made.model_dump(mode="json"), **planned, **done})
         return
-    print("\n".join(_summary(report)))
+    lines = [] if bit_plan is None else plan_lines(bit_plan)
+    if write_plan is not None:
+        lines.insert(0, f"wrote {write_plan}")
+    print("\n".join(lines + ([] if report is None else _summary(report))))
 
 
 def _names(names: Sequence[str], limit: int = 8) -> str:

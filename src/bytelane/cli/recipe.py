@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,14 @@ RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe", help="A recipe file (JSON), or the name of one that ships; the options below override it."
+    ),
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="A plan file: bits, granularity and sides of every layer, and the recipe, where no --recipe is given.",
     ),
 ]
 DefaultBitsOption = Annotated[int | None, typer.Option(help="Weight bits where no --bits pattern matches.")]
@@ -41,14 +50,43 @@ GgufOption = Annotated[str | None, typer.Option("--gguf", help="The GGUF file in
 StoredDtypeOption = Annotated[str, typer.Option(help="Of what stays float: float32, bfloat16 or float16.")]
 
 
-def chosen_recipe(name: str | None, given: Mapping[str, Any]) -> Recipe:
+PLANNED = ("default_bits", "bits", "granularity", "ignore", "no_input", "no_output", "embeddings", "head")
+"""What a plan says of every layer, so that no option may."""
+
+
+def chosen_recipe(
+    name: str | None,
+    given: Mapping[str, Any],
+    plan: Path | None = None,
+    source: tuple[str, str | None] = ("", None),
+) -> Recipe:
     """The named recipe with the options that were given in place of its values.
+
+    Args:
+        name: a recipe file or the name of one that ships; None for the plan's own recipe, or the default one.
+        given: values by field; those that are None were not given.
+        plan: a plan file, which decides the layers.
+        source: the float model and the GGUF file in it, that the plan must be of.
 
     Raises:
         RecipeError: a value that the recipe refuses, named by the file or as the options'.
+        PlanError: the plan is none, breaks a rule, or is of another model.
     """
-    from bytelane.quantize import Recipe
+    from bytelane.cli.common import source_folder
+    from bytelane.quantize import BitPlan, Recipe
 
-    values: dict[str, Any] = {} if name is None else Recipe.load(name).model_dump(mode="json")
-    values.update({key: value for key, value in given.items() if value is not None})
-    return Recipe.of(values, "the recipe" if name is None else name)
+    options = {key: value for key, value in given.items() if value is not None}
+    layers = None if plan is None else BitPlan.load(plan)
+    clash = [key for key in PLANNED if key in options] if layers is not None else []
+    if clash:
+        raise typer.BadParameter(
+            f"{plan} decides every layer; edit it, or leave it out", param_hint=f"--{clash[0].replace('_', '-')}"
+        )
+    base = Recipe() if name is None else Recipe.load(name)
+    if layers is not None and name is None:
+        base = Recipe.of(layers.recipe, str(plan))
+    made = Recipe.of({**base.model_dump(mode="json"), **options}, "the recipe" if name is None else name)
+    if layers is None:
+        return made
+    layers.check_source(source_folder(source[0]), source[1], str(plan))
+    return layers.to_recipe(made)

@@ -16,6 +16,7 @@ from bytelane.cli.recipe import (
     EqualizeOption,
     GgufOption,
     HeadOption,
+    PlanOption,
     RecipeOption,
     RotateOption,
     SourceArgument,
@@ -35,6 +36,7 @@ def tune(
     out: OutputArgument,
     text: Annotated[list[Path], typer.Option("--text", help="Text to train on (.txt, .utf8, .jsonl); repeatable.")],
     recipe: RecipeOption = None,
+    plan: PlanOption = None,
     default_bits: DefaultBitsOption = None,
     bits: BitsOption = None,
     embeddings: EmbeddingsOption = None,
@@ -118,7 +120,7 @@ def tune(
         "equalize": equalize,
         "storage": storage,
     }
-    made = chosen_recipe(recipe, given)
+    made = chosen_recipe(recipe, given, plan, (source, gguf))
     settings = TuneSettings(
         steps=step_count or (TuneSettings.steps if minutes is None else UNLIMITED_STEPS),
         batch=batch,

@@ -100,6 +100,30 @@ def _scales(sides: Mapping[str, _Side]) -> dict[str, float]:
     return {name: float(side.scale) for name, side in sides.items()}
 
 
+def folded(
+    model: PreTrainedModel, recipe: Recipe, used: Sequence[Tensor], progress: Callable[[int], None] | None = None
+) -> PreTrainedModel:
+    """A copy of the float model, rotated and equalized as the recipe wants it.
+
+    Args:
+        model: the float model; it is read, never changed.
+        recipe: what to do.
+        used: int64 `[length]` token ids each: rotation looks at the first, equalization at `EQUALIZE_WINDOWS` of them.
+        progress: called with the windows read.
+
+    Raises:
+        FoldError: the architecture cannot be rotated or equalized.
+    """
+    source = copy.deepcopy(model).eval()
+    if recipe.rotate:
+        rotate(source, used[:1])
+    if recipe.equalize:
+        equalize(source, used[:EQUALIZE_WINDOWS], progress=progress)
+    if recipe.rotate or recipe.equalize:
+        check_same_function(model, source, used[0])
+    return source
+
+
 def quantize_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -159,14 +183,8 @@ def quantize_model(
         used = windows(tokenizer, texts, length=window, limit=max_windows)
     source = model
     if recipe.rotate or recipe.equalize or recipe.rounding == "gptq":
-        source = copy.deepcopy(model).eval()
-    if recipe.rotate:
-        rotate(source, used[:1])
-        plan = make_plan(source, recipe)  # a tied head is no longer
-    if recipe.equalize:
-        equalize(source, used[:EQUALIZE_WINDOWS], progress=staged("equalize", EQUALIZE_WINDOWS))
-    if recipe.rotate or recipe.equalize:
-        check_same_function(model, source, used[0])
+        source = folded(model, recipe, used, staged("equalize", EQUALIZE_WINDOWS))
+        plan = make_plan(source, recipe)  # a rotated model's tied head is no longer
     if plan.observed:
         kept = None
         if resume is not None:
