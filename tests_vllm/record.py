@@ -58,16 +58,16 @@ def collect(model: nn.Module) -> Records:
 
 def count_reductions(model: nn.Module) -> None:
     """Count the bytes handed to the all-reduce by row-parallel layers."""
-    from bytelane.integrations.vllm import reduce
+    from bytelane.integrations.vllm import linear
 
     model.bytelane_reduced = []
-    real = reduce.tensor_model_parallel_all_reduce
+    real = linear.tensor_model_parallel_all_reduce
 
     def counted(tensor: Tensor) -> Tensor:
         model.bytelane_reduced.append((tuple(tensor.shape), tensor.numel() * tensor.element_size()))
         return real(tensor)
 
-    reduce.tensor_model_parallel_all_reduce = counted
+    linear.tensor_model_parallel_all_reduce = counted
 
 
 def reductions(model: nn.Module) -> list[tuple[tuple[int, ...], int]]:
