@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearMethodBase, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -184,6 +184,9 @@ class BytelaneLinearMethod(LinearMethodBase):
         self.parts = []
         if self.reduces:
             layer.reduce_results = False
+        if isinstance(layer, ReplicatedLinear):
+            # transformers' vision tower, which vLLM keeps, casts pixels to a weight's dtype where that is a float
+            layer.weight = self.runs[0].tensors(layer)[0]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., in]` to `[..., out]`; the bias is the layer's own, whatever vLLM hands over."""
