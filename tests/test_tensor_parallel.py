@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -14,6 +17,22 @@ from bytelane.integrations.vllm.reduce import EXACT_FLOAT32, all_reduce_accumula
 def test_ranks_give_the_oracles_bits(ranks: int) -> None:
     """Cuts inside a byte are among them, sums beyond float32's integers, and layers without an output scale."""
     multiprocessing.spawn(sharded.on_one_rank, (ranks, sharded.free_port(), "cpu", (2, 3, 4, 8)), nprocs=ranks)
+
+
+def gpu_kernels_on_one_rank(rank: int, ranks: int, port: int) -> None:
+    """`sharded.on_one_rank` with the GPU's kernels in the place of the CPU's; the interpreter takes CPU tensors."""
+    from bytelane import ops
+    from bytelane.kernels import cuda
+
+    ops.select = lambda op, *_: SimpleNamespace(run=getattr(cuda, op))
+    sharded.on_one_rank(rank, ranks, port, "cpu", (4,))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_gpus_kernels_give_the_oracles_bits_over_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, which each process reads of its environment."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    multiprocessing.spawn(gpu_kernels_on_one_rank, (2, sharded.free_port()), nprocs=2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
