@@ -19,6 +19,7 @@ from bytelane.integrations.vllm.plugin import SWITCH, refusal, release
 from bytelane.integrations.vllm.table import Header, ModuleTable, serves
 from bytelane.packing import pack_rows, unpack_rows
 from bytelane.scheme import Kind
+from bytelane.shipped import SHIPPED_NAME, shipped_model
 from checkpoints import COMPRESSED, GEMMA, HandMade, hand_made
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -211,23 +212,68 @@ def test_serve_says_how_to_install_vllm(tmp_path: Path, capfd: pytest.CaptureFix
     assert "pip install" in capfd.readouterr().err
 
 
+def serve(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *arguments])
+    out, err = capfd.readouterr()
+    return int(ended.value.code or 0), out.rstrip(), " ".join(err.split())
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bytelane.cli.serve.vllm_version", lambda: "0.32.0")
+
+
+@pytest.mark.usefixtures("with_vllm")
 def test_serve_passes_options_on_and_checks_the_scheme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bytelane.cli.serve.vllm_version", lambda: "0.32.0")
     made = hand_made().write(tmp_path / "model")
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", str(made), "--dry-run", "--port", "8001", "--tensor-parallel-size", "2"])
-    assert ended.value.code == 0
-    assert capfd.readouterr().out.rstrip().endswith(f"{made} --port 8001 --tensor-parallel-size 2")
+    code, out, _ = serve(capfd, str(made), "--dry-run", "--port", "8001", "--tensor-parallel-size", "2")
+    assert code == 0
+    assert out.endswith(f"{made} --port 8001 --tensor-parallel-size 2")
     config = json.loads((made / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["output_activations"] = None
     (made / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", str(made)])
-    assert ended.value.code == 2
-    assert "not a wNa8o8 checkpoint" in capfd.readouterr().err
+    code, _, err = serve(capfd, str(made))
+    assert code == 2
+    assert "not a wNa8o8 checkpoint" in err
     monkeypatch.setenv(SWITCH, "0")
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", str(made)])
-    assert SWITCH in capfd.readouterr().err
+    assert SWITCH in serve(capfd, str(made))[2]
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_serve_knows_the_shipped_model_by_its_name(capfd: pytest.CaptureFixture[str]) -> None:
+    name = "--served-model-name"
+    assert serve(capfd, SHIPPED_NAME, "--dry-run")[1].endswith(f"{shipped_model()} {name} {SHIPPED_NAME}")
+    assert serve(capfd, SHIPPED_NAME, "--dry-run", name, "x")[1].endswith(f"{shipped_model()} {name} x")
+    assert serve(capfd, SHIPPED_NAME, "--dry-run", f"{name}=x")[1].endswith(f"{shipped_model()} {name}=x")
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_serve_refuses_a_folder_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for missing in (str(tmp_path / "absent"), "./absent", "a/b/c"):
+        code, _, err = serve(capfd, missing)
+        assert (code, "no such folder" in err) == (2, True), missing
+    code, _, err = serve(capfd, str(tmp_path))
+    assert code == 2
+    assert "config.json" in err
+    assert serve(capfd, "someone/model", "--dry-run")[0] == 0, "a hub id is vLLM's to fetch"
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_serve_says_what_towers_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = hand_made(GEMMA).write(tmp_path / "model")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "vision_config": {"hidden_size": 768}}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = serve(capfd, str(made))
+    assert code == 2
+    assert "torchvision" in err
+    assert "Gemma4ForCausalLM" in err
+    overridden = ("--hf-overrides", '{"architectures": ["Gemma4ForCausalLM"]}')
+    assert serve(capfd, str(made), "--dry-run", *overridden)[0] == 0
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert serve(capfd, str(made), "--dry-run")[0] == 0

@@ -88,10 +88,17 @@ def config(*, tied: bool = False) -> Gemma4Config:
     )
 
 
-def write_wrapper(directory: Path, *, kv_scales: bool = False, groups: int = 1, seed: int = 0) -> Path:
+def write_wrapper(
+    directory: Path,
+    *,
+    kv_scales: bool = False,
+    groups: int = 1,
+    seed: int = 0,
+    model_config: Gemma4Config | None = None,
+) -> Path:
     """Save a random quantized model; the folder. `groups` are scales in a row of the per-layer table."""
     torch.manual_seed(seed)
-    model = Gemma4ForConditionalGeneration(config()).eval()
+    model = Gemma4ForConditionalGeneration(model_config or config()).eval()
     # As in the released checkpoints, the per-layer projection and the audio front end stay in float.
     left = ["model.language_model.per_layer_model_projection", "model.audio_tower.subsample_conv_projection"]
     quantization = GemmaQuantizationConfig(

@@ -1,6 +1,6 @@
-"""A vLLM engine in a process of its own: texts in, greedy texts and log-probabilities out.
+"""A vLLM engine in a process of its own: texts in, greedy texts and log-probabilities out, and every layer's record.
 
-python engine_text.py MODEL RANKS DTYPE TOKENS OUT.json < PROMPTS.json
+python engine_text.py MODEL RANKS DTYPE TOKENS OUT.json RECORDS.pt < PROMPTS.json
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from vllm import LLM, SamplingParams
+
+import record
 
 
 def main() -> None:
-    model, ranks, dtype, tokens, out = sys.argv[1:]
+    model, ranks, dtype, tokens, out, records = sys.argv[1:]
     prompts = json.load(sys.stdin)
     llm = LLM(
         model,
@@ -25,6 +28,7 @@ def main() -> None:
         block_size=32,
         seed=0,
     )
+    assert all(count > 0 for count in llm.apply_model(record.start))
     greedy = SamplingParams(max_tokens=int(tokens), temperature=0, logprobs=0, prompt_logprobs=1)
     found = []
     for answer in llm.generate(prompts, greedy, use_tqdm=False):
@@ -43,6 +47,7 @@ def main() -> None:
             }
         )
     Path(out).write_text(json.dumps(found))
+    torch.save(llm.apply_model(record.collect), records)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,17 @@ def start(model: nn.Module) -> int:
 
     records: Records = {}
     model.bytelane_records = records
+    text = getattr(model, "language_model", model)  # of a multimodal model
     count = 0
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if not isinstance(method, BytelaneLinearMethod | BytelaneEmbeddingMethod):
             continue
         count += 1
-        if name == "lm_head" or (name.endswith("embed_tokens") and model.lm_head is module):
+        head = name.rpartition(".")[2] == "lm_head"
+        if head or (name.endswith("embed_tokens") and text.lm_head is module):
             _hook_head(method, records)
-        if name != "lm_head":
+        if not head:
             module.register_forward_hook(lambda _m, inputs, y, name=name: _keep(records, name, inputs[0], y))
     return count
 
@@ -58,16 +60,16 @@ def collect(model: nn.Module) -> Records:
 
 def count_reductions(model: nn.Module) -> None:
     """Count the bytes handed to the all-reduce by row-parallel layers."""
-    from bytelane.integrations.vllm import reduce
+    from bytelane.integrations.vllm import linear
 
     model.bytelane_reduced = []
-    real = reduce.tensor_model_parallel_all_reduce
+    real = linear.tensor_model_parallel_all_reduce
 
     def counted(tensor: Tensor) -> Tensor:
         model.bytelane_reduced.append((tuple(tensor.shape), tensor.numel() * tensor.element_size()))
         return real(tensor)
 
-    reduce.tensor_model_parallel_all_reduce = counted
+    linear.tensor_model_parallel_all_reduce = counted
 
 
 def reductions(model: nn.Module) -> list[tuple[tuple[int, ...], int]]:

@@ -11,9 +11,10 @@ vLLM's own configuration object, untouched.
     config     which layer gets which method
     table      which modules of the checkpoint are quantized, and how (knows nothing of vLLM)
     parts      what one rank holds of one module, taken from vLLM's stream of tensors
+    runs       the arithmetic: parts that run as one call, and sums over ranks (knows nothing of vLLM)
+    reduce     int32 sums over ranks
     linear     the linear method; row-parallel layers requantize once, after the reduction
     embedding  embedding tables and heads
-    reduce     int32 sums over ranks
 
 What is served how, and what is exact: docs/serving.md.
 """

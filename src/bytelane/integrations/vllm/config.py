@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from bytelane.errors import ConfigError, FileFormatError
+from bytelane.errors import ConfigError, FileFormatError, UnsupportedFormatError
 from bytelane.integrations.vllm.embedding import BytelaneEmbeddingMethod, BytelaneTiedHeadMethod
 from bytelane.integrations.vllm.linear import EXACT_BIAS, BytelaneLinearMethod
-from bytelane.integrations.vllm.table import Header, ModuleTable, integer_groups, serves
+from bytelane.integrations.vllm.table import TEXT_ONLY, Header, ModuleTable, integer_groups, serves
 from bytelane.scheme import Kind
 
 _log = logging.getLogger("vllm.plugins.bytelane")
@@ -61,8 +62,10 @@ class _Serving:
 
         Raises:
             FileFormatError: it has no safetensors files.
+            UnsupportedFormatError: it has a tower that vLLM builds without places for codes.
             ConfigError: or the subclass that names the rule the configuration breaks.
         """
+        self._check_tower(model_name, hf_config)
         table = ModuleTable(self._raw, model_name)
         found = get_safetensors_params_metadata(model_name, revision=revision)
         if not found:
@@ -71,6 +74,21 @@ class _Serving:
         tensors = {name: info for name, info in found.items() if "dtype" in info}
         table.read_headers({n: Header(str(info["dtype"]), tuple(info["shape"])) for n, info in tensors.items()})
         self._table = table
+
+    def _check_tower(self, model_name: str, hf_config: Any) -> None:
+        """Under compressed-tensors vLLM's Gemma 4 quantizes a tower of any size, else one of multiples of 64."""
+        vision = getattr(hf_config, "vision_config", None)
+        towers = "Gemma4ForConditionalGeneration" in (getattr(hf_config, "architectures", None) or ())
+        if isinstance(self, CompressedTensorsConfig) or not towers or vision is None:
+            return
+        sizes = vision.hidden_size, vision.intermediate_size
+        if any(size % 64 for size in sizes):
+            raise UnsupportedFormatError(
+                f"vLLM leaves a vision tower of {sizes[0]} and {sizes[1]} features unquantized in this storage; "
+                f"convert the checkpoint to compressed-tensors, or serve its text alone: {TEXT_ONLY}",
+                file=Path(model_name) / "config.json",
+                tensor="vision_config",
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Called with the names a model class gives the checkpoint's modules."""

@@ -10,15 +10,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from bytelane.checkpoint.layout import ModuleLayout
 from bytelane.errors import MissingTensorError
-from bytelane.integrations.vllm.linear import (
-    Run,
-    add_placeholders,
-    drop_placeholders,
-    install_runs,
-    make_parts,
-    run_parts,
-)
+from bytelane.integrations.vllm.linear import add_placeholders, drop_placeholders, make_parts
 from bytelane.integrations.vllm.parts import Part
+from bytelane.integrations.vllm.runs import Run, install_runs, run_parts
 from bytelane.integrations.vllm.table import ModuleTable
 
 

@@ -1,36 +1,25 @@
-"""The linear method: vLLM's merged and split layers as bytelane's operations.
+"""The linear method: vLLM's merged and split layers, their tensors taken from its stream, their arithmetic in `runs`.
 
-A layer has one part for each checkpoint module merged into it. Parts that can run as one call (same width, granularity,
-sides and input scale) are joined into a *run*: their rows are concatenated and their output scales become one for each
-channel, so every output is the same bits as apart. Other parts run one after the other, each quantizing the input by
-its own scale.
-
-A row-parallel layer over several ranks does not requantize its partial sums. It accumulates, sums the int32
-accumulators over the ranks (`reduce`), and requantizes once, with the bias, as one rank alone would. What it returns is
-final, so the layer is told not to reduce again.
-
-Where there is no integer sum to reduce, float32 partial sums are reduced and the output is quantized once, after that:
-group scales (the order of float additions then depends on the number of ranks) and layers without an input scale.
+A layer has one part for each checkpoint module merged into it. What a row-parallel layer over several ranks returns is
+final, summed and requantized once, so the layer is told not to reduce again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import LinearMethodBase, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.utils import set_weight_attrs
 
-from bytelane import ops as _ops  # noqa: F401  (registers torch.ops.bytelane)
 from bytelane.checkpoint.layout import ModuleLayout
 from bytelane.errors import ShardingError, UnsupportedFormatError
-from bytelane.integrations.vllm.parts import Part, Sealed, Span
-from bytelane.integrations.vllm.reduce import all_reduce_accumulators, all_reduce_float
+from bytelane.integrations.vllm.parts import Part, Span
+from bytelane.integrations.vllm.runs import Run, install_runs, run_parts, run_reduced
 from bytelane.integrations.vllm.table import ModuleTable
 
 EXACT_BIAS = "exact_bias"
@@ -88,110 +77,6 @@ def drop_placeholders(layer: nn.Module, parts: Sequence[Part]) -> torch.device:
         placeholder = layer._parameters.pop(name)
         device = device if placeholder is None else placeholder.device
     return device
-
-
-@dataclass(frozen=True)
-class Run:
-    """Parts that run as one call; the tensors are the layer's buffers `<prefix>packed` and so on.
-
-    Attributes:
-        prefix: of the buffers' names.
-        num_bits: N.
-        group_size: inputs that share a scale; 0 for one scale a channel.
-        in_features: of the layer, all ranks together.
-    """
-
-    prefix: str
-    num_bits: int
-    group_size: int
-    in_features: int
-
-    def tensors(self, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Rows, weight scales, input scale, output scale and bias."""
-        packed, scale = getattr(layer, f"{self.prefix}packed"), getattr(layer, f"{self.prefix}weight_scale")
-        sides = (getattr(layer, f"{self.prefix}{name}") for name in ("input_scale", "output_scale", "bias"))
-        return packed, scale, *sides
-
-
-def _key(item: tuple[ModuleLayout, Sealed]) -> tuple[Any, ...]:
-    """What parts that run as one call have in common."""
-    layout, part = item
-    sides = tuple(None if s is None else float(s) for s in (part.input_scale, part.output_scale))
-    integer = part.input_scale is not None
-    # Without integer inputs the operation takes one output scale.
-    output: Any = sides[1] is None if integer else sides[1]
-    return layout.num_bits, layout.group_size, sides[0], output, part.bias is None
-
-
-def _joined_outputs(parts: Sequence[Sealed]) -> Tensor | None:
-    """The output scales of a run: one, or one for each channel where the parts' differ."""
-    scales = [p.output_scale for p in parts if p.output_scale is not None]
-    if not scales:
-        return None
-    if all(torch.equal(s, scales[0]) for s in scales):
-        return scales[0]
-    return torch.cat([s.expand(p.rows.shape[0]) for p, s in zip(parts, scales, strict=True)])
-
-
-def install_runs(
-    layer: nn.Module, items: Sequence[tuple[ModuleLayout, Sealed]], in_features: int, device: torch.device
-) -> tuple[Run, ...]:
-    """Join neighbouring parts and give the layer their tensors."""
-    runs = []
-    for index, (_, group) in enumerate(groupby(items, key=_key)):
-        members = list(group)
-        layout, parts = members[0][0], [part for _, part in members]
-        run = Run(f"run{index}_", layout.num_bits, layout.group_size or 0, in_features)
-        biases = [p.bias for p in parts if p.bias is not None]
-        tensors = {
-            "packed": torch.cat([p.rows for p in parts]) if len(parts) > 1 else parts[0].rows,
-            "weight_scale": torch.cat([p.weight_scale for p in parts]),
-            "input_scale": parts[0].input_scale,
-            "output_scale": _joined_outputs(parts),
-            "bias": torch.cat(biases) if biases else None,
-        }
-        for name, tensor in tensors.items():
-            held = None if tensor is None else tensor.to(device)
-            layer.register_buffer(f"{run.prefix}{name}", held, persistent=False)
-        runs.append(run)
-    return tuple(runs)
-
-
-def run_parts(layer: nn.Module, runs: Sequence[Run], x: Tensor) -> Tensor:
-    """The outputs of all parts side by side: `[..., in]` to `[..., out]`."""
-    outputs = [_run(layer, run, x) for run in runs]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-
-def _run(layer: nn.Module, run: Run, x: Tensor) -> Tensor:
-    ops = torch.ops.bytelane
-    packed, scale, s_in, s_out, bias = run.tensors(layer)
-    if s_in is None:
-        return ops.linear_weight_only(x, packed, scale, s_out, bias, run.num_bits)  # type: ignore[no-any-return]
-    return ops.linear(x, packed, scale, s_in, s_out, bias, run.num_bits, run.group_size)  # type: ignore[no-any-return]
-
-
-def run_reduced(layer: nn.Module, run: Run, x: Tensor) -> Tensor:
-    """A row-parallel layer over several ranks: this rank's inputs to the final outputs of the whole layer."""
-    ops = torch.ops.bytelane
-    packed, scale, s_in, s_out, bias = run.tensors(layer)
-    flat = x.reshape(-1, x.shape[-1])
-    if s_in is not None and run.group_size == 0:
-        acc = ops.accumulate(ops.quantize(flat, s_in), packed, run.num_bits, 0)
-        total = all_reduce_accumulators(acc, run.num_bits, run.in_features)
-        y = ops.requantize(total, scale, s_in, s_out, bias, x.dtype)
-        return y.reshape(*x.shape[:-1], packed.shape[0])  # type: ignore[no-any-return]
-    if s_in is not None:
-        acc = ops.accumulate(ops.quantize(flat, s_in), packed, run.num_bits, run.group_size)
-        partial = ops.requantize(acc, scale, s_in, None, None, torch.float32)
-    else:
-        partial = ops.linear_weight_only(flat, packed, scale, None, None, run.num_bits)
-    sums = all_reduce_float(partial)
-    if bias is not None:
-        sums = sums + bias
-    if s_out is not None:
-        sums = ops.quantize(sums, s_out).to(torch.float32) * s_out
-    return sums.to(x.dtype).reshape(*x.shape[:-1], packed.shape[0])
 
 
 def _output_spans(layer: Any, sizes: Sequence[int], wholes: Sequence[int], names: Sequence[str]) -> list[Span]:
@@ -299,7 +184,12 @@ class BytelaneLinearMethod(LinearMethodBase):
         self.parts = []
         if self.reduces:
             layer.reduce_results = False
+        if isinstance(layer, ReplicatedLinear):
+            # transformers' vision tower, which vLLM keeps, casts pixels to a weight's dtype where that is a float
+            layer.weight = self.runs[0].tensors(layer)[0]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., in]` to `[..., out]`; the bias is the layer's own, whatever vLLM hands over."""
-        return run_reduced(layer, self.runs[0], x) if self.reduces else run_parts(layer, self.runs, x)
+        if self.reduces:
+            return run_reduced(layer, self.runs[0], x, tensor_model_parallel_all_reduce)
+        return run_parts(layer, self.runs, x)

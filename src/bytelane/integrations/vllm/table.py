@@ -28,6 +28,9 @@ _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", 
 
 _TOWERS = ("vision", "audio")
 
+TEXT_ONLY = """--hf-overrides '{"architectures": ["Gemma4ForCausalLM"]}'"""
+"""The option of vLLM's that serves the text half of a multimodal Gemma 4."""
+
 
 @dataclass(frozen=True)
 class Header:
