@@ -74,9 +74,20 @@ def test_layers_that_read_one_tensor_have_one_width(planned: BitPlan) -> None:
 
 @pytest.mark.parametrize("storage", ["compressed-tensors", "gemma"])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_a_size_is_kept(storage: str, rounding: str, tokenizer: Any, documents: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_a_size_is_kept(
+    storage: str, rounding: str, kv_cache: bool, tokenizer: Any, documents: list[str], tmp_path: Path
+) -> None:
     model = make_model(bias=True)
-    recipe = Recipe.of({"embeddings": 8, "storage": storage, "rounding": rounding, "no_output": ["layers.1.mlp.down"]})
+    recipe = Recipe.of(
+        {
+            "embeddings": 8,
+            "storage": storage,
+            "rounding": rounding,
+            "no_output": ["layers.1.mlp.down"],
+            "kv_cache": kv_cache,
+        }
+    )
     smallest = None
     for size in (60_000, 70_000, 90_000):
         plan = plan_bits(model, tokenizer, documents, recipe, Budget(size=size), cache=tmp_path / "c", **OPTIONS)
