@@ -51,7 +51,7 @@ DTYPES: dict[str, torch.dtype] = {
 _MAX_HEADER_BYTES = 100_000_000
 """The longest header the safetensors format allows."""
 
-_READ_BYTES = 4 << 20
+_READ_BYTES = 1 << 20
 """Fewer bytes than this are not worth a thread."""
 
 MAX_JSON_BYTES = _MAX_HEADER_BYTES
