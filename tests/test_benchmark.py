@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -41,6 +42,18 @@ def test_a_quick_run_reports_every_layer_and_its_limit(capsys: pytest.CaptureFix
     assert len(out.splitlines()) == 1
 
 
+def test_group_sizes_are_layers_of_their_own_and_their_scales_count(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--quick", "--shapes", "512x64", "--rows", "1", "--bits", "3,4", "--peers", "none", "--json")
+    code, out = run(capsys, *arguments, "--group-size", "0,32,128")
+    assert code == 0
+    results = json.loads(out)["results"]
+    assert [(r["group_size"], r["bits"]) for r in results] == [(g, b) for g in (0, 32, 128) for b in (3, 4)]
+    for r in results:
+        if r["bound"] == "read":
+            size = 64 * (512 * r["bits"] // 8 + 4 * (512 // r["group_size"] if r["group_size"] else 1))
+            assert r["limit_seconds"] == pytest.approx(size / r["bandwidth"])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -49,6 +62,7 @@ def test_a_quick_run_reports_every_layer_and_its_limit(capsys: pytest.CaptureFix
         ("--bits", "9"),
         ("--peers", "abacus"),
         ("--group-size", "100"),
+        ("--group-size", "32,100"),
         ("--vllm-python", "no-such-python"),
         ("--seconds", "0"),
     ],
@@ -148,13 +162,35 @@ def test_contenders_take_turns_and_a_slow_one_sits_out() -> None:
 
     calls = {"quick": contender("quick", 0.1), "slow": contender("slow", 2.0)}
     times = benchmark.measure(calls, 6.0, most=10, pause=0.0)
-    assert seen[:8] == [*["quick"] * 2, *["slow"] * 4, *["quick"] * 2]  # each twice, and rounds that turn
+    turns = seen[::2]
+    assert turns == seen[1::2]  # each twice in a row
+    rounds = [tuple(turns[i : i + 2]) for i in range(0, 2 * benchmark.FEWEST_ROUNDS, 2)]
+    assert all(set(names) == set(calls) for names in rounds)
+    assert turns[2 * benchmark.FEWEST_ROUNDS :] == ["quick"] * (10 - benchmark.FEWEST_ROUNDS)
     assert times["slow"] == [2.0] * benchmark.FEWEST_ROUNDS + [None] * (10 - benchmark.FEWEST_ROUNDS)
     assert times["quick"] == [0.1] * 10
     assert benchmark.median(times["slow"]) == 2.0
     assert benchmark.median_ratio(times["slow"], times["quick"]) == pytest.approx(20.0)
     fewest = benchmark.measure({"slow": contender("slow", 2.0)}, 1.0, pause=0.0)
     assert fewest == {"slow": [2.0] * benchmark.FEWEST_ROUNDS}
+
+
+def test_every_contender_follows_every_other_one() -> None:
+    seen: list[str] = []
+    names = ("read", "two", "four", "eight")
+
+    def contender(name: str) -> benchmark.Timed:
+        def call() -> float:
+            seen.append(name)
+            return 1.0
+
+        return call
+
+    benchmark.measure({name: contender(name) for name in names}, 1e9, pause=0.0)
+    turns = seen[::2]
+    assert all(turns.count(name) == benchmark.MOST_ROUNDS for name in names)
+    pairs = {pair for pair in itertools.pairwise(turns) if pair[0] != pair[1]}
+    assert pairs == set(itertools.permutations(names, 2))
 
 
 def test_thread_counts_and_copies() -> None:

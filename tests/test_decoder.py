@@ -213,6 +213,20 @@ def test_replaced_projections_count(folders: dict[str, Path]) -> None:
     assert torch.equal(feed(model, ids, [6]), replaced)
 
 
+def test_scales_of_groups_may_change_in_place(tmp_path: Path) -> None:
+    config = tiny.config("llama")
+    scheme = LinearScheme(WeightScheme(4, 32), quantize_input=True, quantize_output=True)
+    tiny.write_random(tmp_path / "model", config, dict.fromkeys(tiny.linear_names(config), scheme))
+    model, ids = bytelane.load_model(tmp_path / "model", dtype=torch.bfloat16), tokens(1, 6)
+    before = feed(model, ids, [5, 1])
+    for name in ("mlp.up_proj", "self_attn.o_proj"):  # merged with another one, and alone
+        model.model.layers[0].get_submodule(name).weight_scale.mul_(1.5)
+    changed = feed(model, ids, [5, 1])
+    assert not torch.equal(changed, before)
+    watch(model)
+    assert torch.equal(feed(model, ids, [5, 1]), changed)
+
+
 def test_numerics_may_change_at_any_time(folders: dict[str, Path]) -> None:
     model = bytelane.load_model(folders["llama"], dtype=torch.bfloat16)
     emulated = bytelane.load_model(folders["llama"], dtype=torch.bfloat16, numerics="emulated", float_ops="native")

@@ -116,16 +116,25 @@ def test_accumulators_of_groups(isa, bits, k, group_size):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", cpu.PACKED_BITS)
 def test_accumulators_of_packed_groups(isa, bits):
-    """Groups of 1, 2, 3, ... times 16 bytes: whole vectors of every instruction set, and what only narrow ones fit."""
+    """Whole vectors and parts of one; rows that end within a vector, and among those folded together."""
     rng = generator(bits)
-    for units in (1, 2, 3, 4, 6, 8, 12):
-        size = units * cpu.GROUP_BITS // bits
-        for m, n, groups in ((0, 3, 2), (1, 1, 1), (1, 66, 3), (2, 5, 2), (5, 7, 5), (3, 130, 1)):
+    for group_bits in (*sorted(cpu.PART_BITS), *(units * cpu.GROUP_BITS for units in (1, 2, 3, 5))):
+        size = group_bits // bits
+        for m, n, groups in (
+            (0, 3, 2),
+            (1, 1, 1),
+            (1, 66, 3),
+            (2, 5, 2),
+            (5, 7, 5),
+            (3, 130, 1),
+            (4, 9, 9),
+            (7, 2, 18),
+        ):
             k = size * groups
             check_accumulate(isa, "packed", bits, random_codes(rng, 8, m, k), random_codes(rng, bits, n, k), size)
     for w in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1):
         for a in (-128, 127):
-            size = cpu.GROUP_BITS // bits
+            size = min(cpu.PART_BITS) // bits
             q, codes = np.full((3, 40 * size), a, np.int8), np.full((5, 40 * size), w, np.int8)
             check_accumulate(isa, "packed", bits, q, codes, size)
             check_accumulate(isa, "packed", bits, q, codes, 40 * size)
@@ -247,7 +256,7 @@ def test_bits_do_not_depend_on_threads_or_batch(isa, path, bits, group_size, thr
     threads(1)
     whole = cpu.linear(x, *args, isa=isa, path=path)
     assert torch.equal(whole[:64], torch.from_numpy(expected).to(torch.bfloat16))
-    for count in range(1, 6):
+    for count in (1, 2, 3, 4, 7):
         threads(count)
         for m in (1, 2, 3, 5, 17, 64, 300):
             assert torch.equal(cpu.linear(x[:m], *args, isa=isa, path=path), whole[:m])
@@ -386,9 +395,10 @@ def test_nothing_past_the_last_byte_is_read(isa, path, bits):
 @pytest.mark.parametrize(("isa", "path", "bits"), KERNELS)
 def test_nothing_past_the_last_byte_of_groups_is_read(isa, path, bits):
     rng = generator(bits)
-    unit = cpu.GROUP_BITS // bits
+    unit = min(cpu.PART_BITS) // bits
     for n, group_size, groups in ((1, unit, 3), (5, unit, 5), (3, 4 * unit, 2), (2, 5, 7), (3, 32, 3), (1, 64, 1)):
-        if path == "packed" and group_size * bits % cpu.GROUP_BITS:
+        group_bits = group_size * bits
+        if path == "packed" and group_bits % cpu.GROUP_BITS and group_bits not in cpu.PART_BITS:
             continue
         codes = random_codes(rng, bits, n, group_size * groups)
         rows = rows_of(codes, bits)
@@ -447,7 +457,7 @@ def test_wrong_calls_are_refused():
     assert linear().shape == (2, 3)
     wrong = [
         lambda: accumulate(rows=torch.zeros(3, 24, dtype=torch.uint8), bits=3),
-        lambda: accumulate(group_size=16),
+        lambda: accumulate(group_size=8),
         lambda: accumulate(group_size=-1),
         lambda: accumulate(group_size=48, path="unpacked"),
         lambda: accumulate(bits=8),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bytelane.dispatch import Problem, explain
+from bytelane.kernels import cpu
 from bytelane.report import plan
 
 CSRC = Path(__file__).parent.parent / "csrc" / "cpu"
@@ -50,6 +51,28 @@ def test_plans(k: int, n: int, m: int, bits: int, threads: int, blocking: str, s
     made = plan.plan_linear(kernel, k, n, m, bits, threads)
     assert made.blocking.startswith(blocking)
     assert made.threads == split
+
+
+@pytest.mark.parametrize(
+    ("m", "blocking"),
+    [
+        (1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
+        (3, "64 channels, four of them x 3 rows a tile, codes dotted as they lie, 48 groups"),
+        (8, "panels of 64 channels"),
+    ],
+)
+def test_plans_of_groups(m: int, blocking: str) -> None:
+    kernel = explain(Problem("linear", "cpu", torch.bfloat16, 4, 32, m)).kernel
+    assert plan.plan_linear(kernel, 1536, 6144, m, 4, 2, 32).blocking.startswith(blocking)
+
+
+def test_what_a_token_reads_of_groups_is_what_the_kernel_reads() -> None:
+    """Codes, and the kept scales instead of the weight scales: as many bytes, where channels come in fours."""
+    scale = torch.full((12, 3), 0.1)
+    kept = cpu.group_scales(scale, torch.tensor(0.1), None, isa=cpu.supported_isas()[0])
+    weight = SimpleNamespace(num_bits=4)
+    module: Any = SimpleNamespace(shape=(12, 96), groups=3, scheme=SimpleNamespace(weight=weight))
+    assert plan.token_bytes(module, "linear") == 12 * 48 + kept.nbytes
 
 
 def test_bytes_of_a_token() -> None:

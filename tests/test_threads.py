@@ -133,7 +133,7 @@ def test_bits_do_not_depend_on_threads_around_every_threshold(bits, group_size):
     layer = make_layer(bits, n=200, k=k, group_size=group_size)
     x = inputs(26, k)
     expected = specified(layer, x)
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 3, 4, 7):
         torch.set_num_threads(threads)
         for rows in (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 18, 26):
             assert torch.equal(layer(x[:rows]), expected[:rows]), (threads, rows)
@@ -160,6 +160,24 @@ def test_a_layer_follows_its_tensors():
         assert torch.equal(kept(x), before)
     copies[0].share_memory()  # the tensors are the same objects, elsewhere
     assert torch.equal(copies[0](x), before)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_layer_with_groups_follows_its_scales(rows):
+    """What is kept of the scales must not outlive their values, nor be taken from tensors that change unseen."""
+    layer, x = make_layer(group_size=32), inputs(rows)
+    assert torch.equal(layer(x), specified(layer, x))
+    for name in ("weight_scale", "input_scale", "output_scale"):
+        with torch.no_grad():
+            getattr(layer, name).mul_(1.5)
+        assert torch.equal(layer(x), specified(layer, x)), name
+    layer.output_scale = torch.tensor(0.2)
+    assert torch.equal(layer(x), specified(layer, x))
+    with torch.inference_mode():
+        unseen = make_layer(group_size=32)
+        assert torch.equal(unseen(x), specified(unseen, x))
+        unseen.weight_scale.mul_(2)
+        assert torch.equal(unseen(x), specified(unseen, x))
 
 
 def test_a_bound_layer_takes_every_dtype_and_refuses_a_wrong_width():

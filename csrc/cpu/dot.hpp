@@ -68,12 +68,17 @@ void arrange_block(const std::int8_t* q, std::uint8_t* out) {
     });
 }
 
+inline std::int32_t sum_of(const std::int8_t* q, std::int64_t count) {
+    std::int32_t sum = 0;
+    for (std::int64_t i = 0; i < count; ++i) sum += q[i];
+    return sum;
+}
+
 // `count` codes in the order the weights show theirs; writes ceil(count / block_codes) blocks. Returns their sum.
 template <class Isa, int Bits>
 std::int32_t arrange(const std::int8_t* q, std::int64_t count, std::uint8_t* out) {
     using L = Layout<Isa, Bits>;
-    std::int32_t sum = 0;
-    for (std::int64_t i = 0; i < count; ++i) sum += q[i];
+    const std::int32_t sum = sum_of(q, count);
     std::int64_t i = 0;
     for (; i + L::block_codes <= count; i += L::block_codes, out += L::block_bytes) arrange_block<Isa, Bits>(q + i, out);
     if (i < count) {
@@ -102,21 +107,24 @@ struct Codes {
 // not enough. Into the second level: the first has few misses in flight.
 template <int Bits>
 inline void prefetch(const std::uint8_t* p) {
-    if constexpr (Bits == 2) __builtin_prefetch(p + 8192, 0, 2);
+    if constexpr (Bits == 2 || Bits == 3) __builtin_prefetch(p + 8192, 0, 2);
 }
 
 // One group of one weight row against MR activation rows. A part has a sum of its own where registers allow: short
 // chains, and then codes may stay where they are in their bytes, to be set right once, at the end (`settle`).
-// `OneBlock` says that the group is a single vector: straight code instead of loops.
-template <class Isa, int Bits, int MR, bool OneBlock>
+// `Blocks` says how many vectors the group is: straight code instead of loops; 0 for any number.
+// `Fetch`: whether to ask memory for what comes next in the row.
+template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
 [[gnu::always_inline]] inline void dot_group(const std::uint8_t* w, const Rows& rows, const std::uint8_t* q,
                                              std::int64_t q_stride,
                                              typename Isa::template Dot<Bits>::Sum (&total)[MR]) {
     using L = Layout<Isa, Bits>;
     using Dot = typename L::Dot;
     using Vector = typename Isa::Vector;
-    constexpr bool kApart = MR * L::parts <= Isa::sums;
-    typename Dot::Sum sum[MR][kApart ? L::parts : 1];
+    constexpr bool kApart = Blocks != 1 && MR * L::parts <= Isa::sums;  // settling costs more than one vector's shifts
+    // one part is one chain of sums, each of which waits for the one before: four blocks in turn have a chain each
+    constexpr int kChains = Blocks == 0 && L::parts == 1 && MR * 4 <= Isa::sums ? 4 : 1;
+    typename Dot::Sum sum[MR][kApart ? L::parts * kChains : 1];
     for (auto& row : sum) {
         for (auto& s : row) Dot::clear(s);
     }
@@ -125,19 +133,22 @@ template <class Isa, int Bits, int MR, bool OneBlock>
             for (auto& s : row) Dot::flush(s);
         }
     };
-    const auto step = [&](Vector weight) __attribute__((always_inline)) {
+    const auto step = [&](Vector weight, auto chain) __attribute__((always_inline)) {
         unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
             constexpr int p = part.value;
             const Vector u = kApart ? Dot::template part_in_place<p>(weight) : Dot::template part<p>(weight);
             for (int m = 0; m < MR; ++m) {
-                Dot::add(sum[m][kApart ? p : 0], u, Isa::load(q + m * q_stride + p * L::vector_bytes));
+                Dot::add(sum[m][kApart ? p + chain.value : 0], u, Isa::load(q + m * q_stride + p * L::vector_bytes));
             }
         });
         q += L::block_bytes;
     };
-    if constexpr (OneBlock) {
-        prefetch<Bits>(w);
-        step(Dot::load(w));
+    if constexpr (Blocks > 0) {
+        static_assert(Blocks <= Dot::blocks_per_flush);
+        unroll<Blocks>([&](auto block) __attribute__((always_inline)) {
+            prefetch<Fetch ? Bits : 0>(w + block.value * L::weight_bytes);
+            step(Dot::load(w + block.value * L::weight_bytes), Index<0>{});
+        });
         flush();
     } else {
         const std::uint8_t* whole = w + rows.bytes / L::weight_bytes * L::weight_bytes;
@@ -145,19 +156,27 @@ template <class Isa, int Bits, int MR, bool OneBlock>
             constexpr std::int64_t run = Dot::blocks_per_flush * L::weight_bytes;
             while (whole - w > run) {
                 for (const std::uint8_t* stop = w + run; w != stop; w += L::weight_bytes) {
-                    prefetch<Bits>(w);
-                    step(Dot::load(w));
+                    prefetch<Fetch ? Bits : 0>(w);
+                    step(Dot::load(w), Index<0>{});
                 }
                 flush();
             }
         }
+        if constexpr (kChains > 1) {
+            for (; whole - w >= kChains * L::weight_bytes; w += kChains * L::weight_bytes) {
+                unroll<kChains>([&](auto chain) __attribute__((always_inline)) {
+                    prefetch<Fetch ? Bits : 0>(w + chain.value * L::weight_bytes);
+                    step(Dot::load(w + chain.value * L::weight_bytes), chain);
+                });
+            }
+        }
         for (; w != whole; w += L::weight_bytes) {
-            prefetch<Bits>(w);
-            step(Dot::load(w));
+            prefetch<Fetch ? Bits : 0>(w);
+            step(Dot::load(w), Index<0>{});
         }
         flush();
         if (const std::int64_t rest = rows.bytes % L::weight_bytes; rest != 0) {
-            step(rows.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest)));
+            step(rows.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest)), Index<0>{});
             flush();
         }
     }
@@ -167,61 +186,33 @@ template <class Isa, int Bits, int MR, bool OneBlock>
             unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
                 if constexpr (part.value > 0) Dot::template settle<part.value>(total[m], sum[m][part.value]);
             });
+            for (int chain = 1; chain < kChains; ++chain) Dot::template settle<0>(total[m], sum[m][chain]);
         }
     }
 }
 
-// MR activation rows against `count` weight rows: acc[(m * groups + g) * acc_stride + n]. Weight rows are read one
-// after the other, from front to back: a processor fetches ahead what it is asked for in the order of its addresses,
-// and four rows side by side halve its bandwidth. Four dots, of four rows or of four groups of a row, are folded to
-// scalars together; a fold that sticks out past the last row repeats it, and its result, in the rest of `acc`, which
-// has room for a multiple of four.
-template <class Isa, int Bits, int MR, bool OneBlock = false>
+// MR activation rows against `count` weight rows: acc[m * acc_stride + n]. Weight rows are read one after the other, from
+// front to back: a processor fetches ahead what it is asked for in the order of its addresses, and four rows side by
+// side halve its bandwidth. Four dots are folded to scalars together; a fold that sticks out past the last row repeats
+// it, and its result, in the rest of `acc`, which has room for a multiple of four.
+template <class Isa, int Bits, int MR>
 void dot_rows(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m0, std::uint32_t offset,
               std::int32_t* acc, std::int64_t acc_stride) {
     using Sum = typename Isa::template Dot<Bits>::Sum;
-    constexpr std::int64_t some = 64;  // groups whose folds wait for those of the next rows
-    const std::int64_t groups = codes.groups, stride = codes.stride;
-    const std::uint8_t* q = codes.first + m0 * stride;
+    const std::uint8_t* q = codes.first + m0 * codes.stride;
     for (std::int64_t n = 0; n < count; n += 4) {
         const auto row = [&](int i) { return rows.first + smaller(n + i, count - 1) * rows.stride; };
         Sum sum[4][MR];
-        if (groups == 1) {
-            unroll<4>([&](auto i) __attribute__((always_inline)) {
-                dot_group<Isa, Bits, MR, OneBlock>(row(i.value), rows, q, stride, sum[i.value]);
-            });
-            for (int m = 0; m < MR; ++m) {
-                std::int32_t* out = acc + m * acc_stride + n;
-                Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, out);
-            }
-            continue;
-        }
-        for (std::int64_t first = 0; first < groups; first += some) {
-            const std::int64_t here = smaller(some, groups - first);
-            std::int32_t folded[4][MR][some];
-            for (int i = 0; i < 4; ++i) {
-                for (std::int64_t g0 = 0; g0 < here; g0 += 4) {
-                    unroll<4>([&](auto j) __attribute__((always_inline)) {
-                        const std::int64_t g = first + smaller(g0 + j.value, here - 1);
-                        dot_group<Isa, Bits, MR, OneBlock>(row(i) + g * rows.group_stride, rows,
-                                                           q + g * codes.group_stride, stride, sum[j.value]);
-                    });
-                    for (int m = 0; m < MR; ++m) {
-                        Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, folded[i][m] + g0);
-                    }
-                }
-            }
-            for (int m = 0; m < MR; ++m) {
-                std::int32_t* out = acc + (m * groups + first) * acc_stride + n;
-                for (std::int64_t g = 0; g < here; ++g, out += acc_stride) {
-                    for (int i = 0; i < 4; ++i) out[i] = folded[i][m][g];
-                }
-            }
+        unroll<4>([&](auto i) __attribute__((always_inline)) {
+            dot_group<Isa, Bits, MR, 0>(row(i.value), rows, q, codes.stride, sum[i.value]);
+        });
+        for (int m = 0; m < MR; ++m) {
+            Isa::total_4(sum[0][m].wide, sum[1][m].wide, sum[2][m].wide, sum[3][m].wide, acc + m * acc_stride + n);
         }
     }
-    for (std::int64_t at = 0; at < MR * groups; ++at) {
-        const std::uint32_t correction = offset * static_cast<std::uint32_t>(codes.sums[m0 * groups + at]);
-        std::int32_t* out = acc + at * acc_stride;
+    for (std::int64_t m = 0; m < MR; ++m) {
+        const std::uint32_t correction = offset * static_cast<std::uint32_t>(codes.sums[m0 + m]);
+        std::int32_t* out = acc + m * acc_stride;
         for (std::int64_t n = 0; n < count; ++n) {
             out[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(out[n]) - correction);
         }

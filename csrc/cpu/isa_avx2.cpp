@@ -27,11 +27,7 @@
 namespace bytelane::cpu {
 namespace {
 
-struct Avx2Narrow;
-
 struct Avx2 {
-    using Narrow = Avx2Narrow;
-
     static constexpr int vector_bytes = 32;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
@@ -59,6 +55,35 @@ struct Avx2 {
         const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
         const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    }
+
+    // Four vectors, one of each row, to sums of four lanes: half i is what the halves i of the four have in them.
+    template <class Sum, int MR>
+    static __m256i fold_halves(const Sum (&s)[4][MR], int m) {
+        const __m256i a = s[0][m].wide, b = s[1][m].wide, c = s[2][m].wide, d = s[3][m].wide;
+        const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+        return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    }
+
+    // See groups.hpp: the sums of four weight rows and activation row m, `Groups` in a vector, to [groups][4].
+    template <int Groups, int Units, class Sum, int MR>
+    [[gnu::always_inline]] static void fold(const Sum (&s)[Units][4][MR], int m, std::int32_t* out) {
+        auto* to = reinterpret_cast<__m256i*>(out);
+        if constexpr (Groups == 1) {
+            const __m256i a = fold_halves(s[0], m), b = fold_halves(s[1], m);
+            const __m256i low = _mm256_permute2x128_si256(a, b, 0x20), high = _mm256_permute2x128_si256(a, b, 0x31);
+            _mm256_store_si256(to, _mm256_add_epi32(low, high));
+        } else if constexpr (Groups == 2) {
+            _mm256_store_si256(to, fold_halves(s[0], m));
+        } else {
+            const __m256 x = _mm256_castsi256_ps(_mm256_hadd_epi32(s[0][0][m].wide, s[0][1][m].wide));
+            const __m256 y = _mm256_castsi256_ps(_mm256_hadd_epi32(s[0][2][m].wide, s[0][3][m].wide));
+            const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88));
+            const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd));
+            _mm256_store_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
+            _mm256_store_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+        }
     }
 
     static constexpr int unpack_codes = 32;
@@ -173,14 +198,17 @@ struct Avx2 {
         static __m256i activations(const std::uint8_t* p) { return broadcast(p); }
 
         static void clear(Sum& s) { s.narrow = s.wide = _mm256_setzero_si256(); }
+        static void start(Sum& s, std::int32_t value) { s = {_mm256_setzero_si256(), _mm256_set1_epi32(value)}; }
         static void restore(Sum& s, const std::int32_t* p) { s = {_mm256_setzero_si256(), load(p)}; }
         static void save(const Sum& s, std::int32_t* p) {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s.wide);
         }
+        static __m256i lanes_of(const Sum& s) { return s.wide; }
         static void flush(Sum& s) {
             s.wide = _mm256_add_epi32(s.wide, _mm256_madd_epi16(s.narrow, _mm256_set1_epi16(1)));
             s.narrow = _mm256_setzero_si256();
         }
+        static void hold(Sum&) {}
         static void add(Sum& s, Weights w, __m256i q) {
             s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(w, q));
         }
@@ -208,9 +236,12 @@ struct Avx2 {
         static Activations activations(const std::uint8_t* p) { return {broadcast(p), broadcast(p + 4)}; }
 
         static void clear(Sum& s) { s = _mm256_setzero_si256(); }
+        static void start(Sum& s, std::int32_t value) { s = _mm256_set1_epi32(value); }
         static void restore(Sum& s, const std::int32_t* p) { s = load(p); }
         static void save(const Sum& s, std::int32_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+        static __m256i lanes_of(const Sum& s) { return s; }
         static void flush(Sum&) {}
+        static void hold(Sum&) {}
         static void add(Sum& s, const Weights& w, const Activations& q) {
             s = _mm256_add_epi32(s, _mm256_madd_epi16(w.even, q.even));
             s = _mm256_add_epi32(s, _mm256_madd_epi16(w.odd, q.odd));
@@ -365,102 +396,9 @@ struct Avx2::Table<4> {
     Floats at(const std::uint8_t* codes) const { return {half(codes), half(codes + 4)}; }
 };
 
-// 16-byte vectors, for groups that are not whole 32-byte ones.
-struct Avx2Narrow : Avx2 {
-    static constexpr int vector_bytes = 16;
-
-    using Vector = __m128i;
-
-    static Vector load(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-
-    static Vector load_some(const void* p, int bytes) {
-        alignas(16) std::uint8_t copy[vector_bytes] = {};
-        std::memcpy(copy, p, static_cast<std::size_t>(bytes));
-        return load(copy);
-    }
-
-    static std::int32_t total(__m128i wide) { return Avx2::total(_mm256_zextsi128_si256(wide)); }
-
-    static void total_4(__m128i a, __m128i b, __m128i c, __m128i d, std::int32_t* out) {
-        const __m128i sums = _mm_hadd_epi32(_mm_hadd_epi32(a, b), _mm_hadd_epi32(c, d));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
-    }
-
-    template <int Bits>
-    struct Dot {
-        using Lane = std::int8_t;
-        static constexpr int parts = 8 / Bits;
-        static constexpr int blocks_per_flush = Avx2::Dot<Bits>::blocks_per_flush;
-
-        struct Sum {
-            __m128i narrow, wide;
-        };
-
-        static Vector load(const std::uint8_t* w) { return Avx2Narrow::load(w); }
-        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2Narrow::load_some(w, bytes); }
-        static void clear(Sum& s) { s.narrow = s.wide = _mm_setzero_si128(); }
-
-        static void flush(Sum& s) {
-            s.wide = _mm_add_epi32(s.wide, _mm_madd_epi16(s.narrow, _mm_set1_epi16(1)));
-            s.narrow = _mm_setzero_si128();
-        }
-
-        template <int P>
-        static Vector part(Vector w) {
-            if constexpr (P > 0) w = _mm_srli_epi16(w, P * Bits);
-            return _mm_and_si128(w, _mm_set1_epi8((1 << Bits) - 1));
-        }
-
-        template <int P>
-        static Vector part_in_place(Vector w) {
-            return part<P>(w);
-        }
-
-        template <int P>
-        static void settle(Sum& total, Sum part) {
-            total.wide = _mm_add_epi32(total.wide, part.wide);
-        }
-
-        static void add(Sum& s, Vector u, Vector q) { s.narrow = _mm_add_epi16(s.narrow, _mm_maddubs_epi16(u, q)); }
-    };
-};
-
-template <>
-struct Avx2Narrow::Dot<8> {
-    using Lane = std::int16_t;
-    static constexpr int parts = 2;
-    static constexpr int blocks_per_flush = kNeverFlush;
-
-    struct Sum {
-        __m128i wide;
-    };
-
-    static Vector load(const std::uint8_t* w) { return Avx2Narrow::load(w); }
-    static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2Narrow::load_some(w, bytes); }
-    static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
-    static void flush(Sum&) {}
-
-    template <int P>
-    static Vector part(Vector w) {
-        return P == 0 ? _mm_and_si128(w, _mm_set1_epi16(255)) : _mm_srli_epi16(w, 8);
-    }
-
-    template <int P>
-    static Vector part_in_place(Vector w) {
-        return part<P>(w);
-    }
-
-    template <int P>
-    static void settle(Sum& total, Sum part) {
-        total.wide = _mm_add_epi32(total.wide, part.wide);
-    }
-
-    static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_add_epi32(s.wide, _mm_madd_epi16(u, q)); }
-};
-
 }  // namespace
 
-#ifndef BYTELANE_AVXVNNI  // isa_avxvnni.cpp starts from this source and has its own table
+#ifndef BYTELANE_WITHOUT_AVX2_TABLE  // isa_avxvnni.cpp starts from this source and has its own table
 namespace {
 
 bool supported() {
@@ -470,7 +408,7 @@ bool supported() {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2",          supported,         quantize<Avx2>,  requantize<Avx2>,
+const Kernels avx2_kernels = {"avx2",          supported,         quantize<Avx2>,  requantize<Avx2>, make_group_scales,
                               matmul<Avx2>,    weight_only<Avx2>, embedding<Avx2>, norm_rows<Avx2>,
                               head_rows<Avx2>, gate_rows<Avx2>,   add_rows<Avx2>,  store_codes<Avx2>,
                               attention<Avx2>, dense<Avx2>, peak_dots<Avx2>, read_all<Avx2>};

@@ -53,11 +53,7 @@ inline __m512i spread_64(__m512i packed) {
 constexpr bool kVbmi = false;
 #endif
 
-struct Avx512VnniHalf;
-
 struct Avx512Vnni {
-    using Narrow = Avx512VnniHalf;
-
     static constexpr int vector_bytes = 64;
     static constexpr bool spreads_in_registers = kVbmi;
     static constexpr int sums = 12;
@@ -138,6 +134,47 @@ struct Avx512Vnni {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
     }
 
+    // Four vectors, one of each row, to sums of four lanes: quarter i is what the quarters i of the four have in them.
+    template <class Sum, int MR>
+    static __m512i fold_quarters(const Sum (&s)[4][MR], int m) {
+        const __m512i a = s[0][m].wide, b = s[1][m].wide, c = s[2][m].wide, d = s[3][m].wide;
+        const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    }
+
+    // Even quarters plus odd ones, of two vectors.
+    static __m512i add_quarters(__m512i a, __m512i b) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    }
+
+    // See groups.hpp: the sums of four weight rows and activation row m, `Groups` in a vector, to [groups][4].
+    template <int Groups, int Units, class Sum, int MR>
+    [[gnu::always_inline]] static void fold(const Sum (&s)[Units][4][MR], int m, std::int32_t* out) {
+        if constexpr (Groups == 1) {
+            const __m512i first = add_quarters(fold_quarters(s[0], m), fold_quarters(s[1], m));
+            const __m512i second = add_quarters(fold_quarters(s[2], m), fold_quarters(s[3], m));
+            _mm512_store_si512(out, add_quarters(first, second));
+        } else if constexpr (Groups == 2) {
+            _mm512_store_si512(out, add_quarters(fold_quarters(s[0], m), fold_quarters(s[1], m)));
+        } else if constexpr (Groups == 4) {
+            _mm512_store_si512(out, fold_quarters(s[0], m));
+        } else {
+            const auto pick = [](__m512i x, __m512i y, auto odd) __attribute__((always_inline)) {
+                constexpr int lanes = odd.value ? 0xdd : 0x88;
+                return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), lanes));
+            };
+            const __m512i a = s[0][0][m].wide, b = s[0][1][m].wide, c = s[0][2][m].wide, d = s[0][3][m].wide;
+            const __m512i ab = _mm512_add_epi32(pick(a, b, Index<0>{}), pick(a, b, Index<1>{}));
+            const __m512i cd = _mm512_add_epi32(pick(c, d, Index<0>{}), pick(c, d, Index<1>{}));
+            const __m512i even = pick(ab, cd, Index<0>{}), odd = pick(ab, cd, Index<1>{});
+            const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+            const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+            _mm512_store_si512(out, _mm512_permutex2var_epi64(even, low, odd));
+            _mm512_store_si512(out + 16, _mm512_permutex2var_epi64(even, high, odd));
+        }
+    }
+
     // A tile of a panel: 6 rows of activations, 4 vectors of 16 channels; 24 sums of 32 registers.
     struct Tile {
         using Element = std::int8_t;
@@ -192,9 +229,12 @@ struct Avx512Vnni {
         }
 
         static void clear(Sum& s) { s = _mm512_setzero_si512(); }
+        static void start(Sum& s, std::int32_t value) { s = _mm512_set1_epi32(value); }
         static void restore(Sum& s, const std::int32_t* p) { s = _mm512_load_si512(p); }
         static void save(const Sum& s, std::int32_t* p) { _mm512_store_si512(p, s); }
+        static Sum lanes_of(const Sum& s) { return s; }
         static void flush(Sum&) {}
+        static void hold(Sum& s) { asm("" : "+v"(s)); }  // in its register, as in Dot
         static void add(Sum& s, Weights w, __m512i q) { s = _mm512_dpbusd_epi32(s, w, q); }
     };
     using Tile8 = Tile;
@@ -303,125 +343,6 @@ struct Avx512Vnni {
     }
 };
 
-struct Avx512VnniQuarter;
-
-// 32-byte vectors, for groups that are not whole 64-byte ones.
-struct Avx512VnniHalf : Avx512Vnni {
-    using Narrow = Avx512VnniQuarter;
-
-    static constexpr int vector_bytes = 32;
-
-    using Vector = __m256i;
-
-    static Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-    static Vector load_some(const void* p, int bytes) {
-        return _mm256_maskz_loadu_epi8(static_cast<__mmask32>((1u << bytes) - 1), p);
-    }
-
-    static std::int32_t total(__m256i wide) { return Avx512Vnni::total(_mm512_zextsi256_si512(wide)); }
-
-    static void total_4(__m256i a, __m256i b, __m256i c, __m256i d, std::int32_t* out) {
-        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-        const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
-    }
-
-    template <int Bits>
-    struct Dot {
-        using Lane = std::int8_t;
-        static constexpr int parts = 8 / Bits;
-        static constexpr int blocks_per_flush = kNeverFlush;
-
-        struct Sum {
-            __m256i wide;
-        };
-
-        static Vector load(const std::uint8_t* w) { return Avx512VnniHalf::load(w); }
-        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx512VnniHalf::load_some(w, bytes); }
-        static void clear(Sum& s) { s.wide = _mm256_setzero_si256(); }
-        static void flush(Sum& s) { asm("" : "+v"(s.wide)); }
-
-        template <int P>
-        static Vector part(Vector w) {
-            if constexpr (Bits == 8) return w;
-            if constexpr (P > 0) w = _mm256_srli_epi16(w, P * Bits);
-            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>((1 << Bits) - 1)));
-        }
-
-        template <int P>
-        static Vector part_in_place(Vector w) {
-            if constexpr (Bits == 8) return w;
-            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
-        }
-
-        template <int P>
-        static void settle(Sum& total, Sum part) {
-            total.wide = _mm256_add_epi32(total.wide, _mm256_srai_epi32(part.wide, P * Bits));
-        }
-
-        static void add(Sum& s, Vector u, Vector q) { s.wide = _mm256_dpbusd_epi32(s.wide, u, q); }
-    };
-};
-
-// 16-byte vectors, for groups that are not whole 32-byte ones either.
-struct Avx512VnniQuarter : Avx512Vnni {
-    using Narrow = Avx512VnniQuarter;
-
-    static constexpr int vector_bytes = 16;
-
-    using Vector = __m128i;
-
-    static Vector load(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-
-    static Vector load_some(const void* p, int bytes) {
-        return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << bytes) - 1), p);
-    }
-
-    static std::int32_t total(__m128i wide) { return Avx512Vnni::total(_mm512_zextsi128_si512(wide)); }
-
-    static void total_4(__m128i a, __m128i b, __m128i c, __m128i d, std::int32_t* out) {
-        const __m128i sums = _mm_hadd_epi32(_mm_hadd_epi32(a, b), _mm_hadd_epi32(c, d));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
-    }
-
-    template <int Bits>
-    struct Dot {
-        using Lane = std::int8_t;
-        static constexpr int parts = 8 / Bits;
-        static constexpr int blocks_per_flush = kNeverFlush;
-
-        struct Sum {
-            __m128i wide;
-        };
-
-        static Vector load(const std::uint8_t* w) { return Avx512VnniQuarter::load(w); }
-        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx512VnniQuarter::load_some(w, bytes); }
-        static void clear(Sum& s) { s.wide = _mm_setzero_si128(); }
-        static void flush(Sum& s) { asm("" : "+v"(s.wide)); }
-
-        template <int P>
-        static Vector part(Vector w) {
-            if constexpr (Bits == 8) return w;
-            if constexpr (P > 0) w = _mm_srli_epi16(w, P * Bits);
-            return _mm_and_si128(w, _mm_set1_epi8(static_cast<char>((1 << Bits) - 1)));
-        }
-
-        template <int P>
-        static Vector part_in_place(Vector w) {
-            if constexpr (Bits == 8) return w;
-            return _mm_and_si128(w, _mm_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
-        }
-
-        template <int P>
-        static void settle(Sum& total, Sum part) {
-            total.wide = _mm_add_epi32(total.wide, _mm_srai_epi32(part.wide, P * Bits));
-        }
-
-        static void add(Sum& s, Vector u, Vector q) { s.wide = _mm_dpbusd_epi32(s.wide, u, q); }
-    };
-};
-
 bool supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -436,6 +357,7 @@ constexpr Kernels kTable = {kVbmi ? "avx512vbmi" : "avx512vnni",
                             supported,
                             quantize<Avx512Vnni>,
                             requantize<Avx512Vnni>,
+                            make_group_scales,
                             matmul<Avx512Vnni>,
                             weight_only<Avx512Vnni>,
                             embedding<Avx512Vnni>,

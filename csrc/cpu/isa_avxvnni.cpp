@@ -5,7 +5,7 @@
 //
 // Compiled with AVX-512 VL and VNNI instead, the same source uses the same operation in its other encoding: that is how a
 // processor that lacks AVX-VNNI tests it (BYTELANE_EVEX_VNNI in CMakeLists.txt).
-#define BYTELANE_AVXVNNI
+#define BYTELANE_WITHOUT_AVX2_TABLE
 #include <cpuid.h>
 
 #include "isa_avx2.cpp"
@@ -15,83 +15,49 @@ namespace {
 
 #ifdef __AVXVNNI__
 inline __m256i dot_bytes(__m256i sum, __m256i u, __m256i q) { return _mm256_dpbusd_avx_epi32(sum, u, q); }
-inline __m128i dot_bytes(__m128i sum, __m128i u, __m128i q) { return _mm_dpbusd_avx_epi32(sum, u, q); }
 #else
 inline __m256i dot_bytes(__m256i sum, __m256i u, __m256i q) { return _mm256_dpbusd_epi32(sum, u, q); }
-inline __m128i dot_bytes(__m128i sum, __m128i u, __m128i q) { return _mm_dpbusd_epi32(sum, u, q); }
 #endif
 
-// What a dot of 16-byte and of 32-byte vectors share.
-inline __m128i zero_of(__m128i) { return _mm_setzero_si128(); }
-inline __m256i zero_of(__m256i) { return _mm256_setzero_si256(); }
-inline __m128i add_of(__m128i a, __m128i b) { return _mm_add_epi32(a, b); }
-inline __m256i add_of(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
-inline __m128i masked(__m128i v, int mask) { return _mm_and_si128(v, _mm_set1_epi8(static_cast<char>(mask))); }
-inline __m256i masked(__m256i v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(mask))); }
-template <int Count>
-inline __m128i right(__m128i v) {
-    return _mm_srli_epi16(v, Count);
-}
-template <int Count>
-inline __m256i right(__m256i v) {
-    return _mm256_srli_epi16(v, Count);
-}
-template <int Count>
-inline __m128i right_signed(__m128i v) {
-    return _mm_srai_epi32(v, Count);
-}
-template <int Count>
-inline __m256i right_signed(__m256i v) {
-    return _mm256_srai_epi32(v, Count);
-}
-
-template <class Loads, int Bits>
-struct VnniDot {
-    using Lane = std::int8_t;
-    using Vector = typename Loads::Vector;
-    static constexpr int parts = 8 / Bits;
-    static constexpr int blocks_per_flush = kNeverFlush;
-
-    struct Sum {
-        Vector wide;
-    };
-
-    static Vector load(const std::uint8_t* w) { return Loads::load(w); }
-    static Vector load_some(const std::uint8_t* w, int bytes) { return Loads::load_some(w, bytes); }
-    static void clear(Sum& s) { s.wide = zero_of(Vector{}); }
-    static void flush(Sum&) {}
-
-    template <int P>
-    static Vector part(Vector w) {
-        if constexpr (parts == 1) return w;
-        if constexpr (P > 0) w = right<P * Bits>(w);
-        return masked(w, (1 << Bits) - 1);
-    }
-
-    // The code times 2^(P * Bits): see isa_avx512vnni.cpp.
-    template <int P>
-    static Vector part_in_place(Vector w) {
-        if constexpr (parts == 1) return w;
-        return masked(w, ((1 << Bits) - 1) << P * Bits);
-    }
-
-    template <int P>
-    static void settle(Sum& total, Sum part) {
-        total.wide = add_of(total.wide, right_signed<P * Bits>(part.wide));
-    }
-
-    static void add(Sum& s, Vector u, Vector q) { s.wide = dot_bytes(s.wide, u, q); }
-};
-
-struct AvxVnniNarrow;
-
 struct AvxVnni : Avx2 {
-    using Narrow = AvxVnniNarrow;
-
     static constexpr int sums = 8;
 
     template <int Bits>
-    struct Dot : VnniDot<Avx2, Bits> {};
+    struct Dot {
+        using Lane = std::int8_t;
+        static constexpr int parts = 8 / Bits;
+        static constexpr int blocks_per_flush = kNeverFlush;
+
+        struct Sum {
+            __m256i wide;
+        };
+
+        static Vector load(const std::uint8_t* w) { return Avx2::load(w); }
+        static Vector load_some(const std::uint8_t* w, int bytes) { return Avx2::load_some(w, bytes); }
+        static void clear(Sum& s) { s.wide = _mm256_setzero_si256(); }
+        static void flush(Sum&) {}
+
+        template <int P>
+        static Vector part(Vector w) {
+            if constexpr (parts == 1) return w;
+            if constexpr (P > 0) w = _mm256_srli_epi16(w, P * Bits);
+            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+        }
+
+        // The code times 2^(P * Bits): see isa_avx512vnni.cpp.
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            if constexpr (parts == 1) return w;
+            return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(((1 << Bits) - 1) << P * Bits)));
+        }
+
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm256_add_epi32(total.wide, _mm256_srai_epi32(part.wide, P * Bits));
+        }
+
+        static void add(Sum& s, Vector u, Vector q) { s.wide = dot_bytes(s.wide, u, q); }
+    };
 
     // 12 sums, 2 vectors of codes and the activations of a row: 15 of 16 registers.
     struct Tile : Channels {
@@ -107,29 +73,15 @@ struct AvxVnni : Avx2 {
         static __m256i activations(const std::uint8_t* p) { return broadcast(p); }
 
         static void clear(Sum& s) { s = _mm256_setzero_si256(); }
+        static void start(Sum& s, std::int32_t value) { s = _mm256_set1_epi32(value); }
         static void restore(Sum& s, const std::int32_t* p) { s = load(p); }
         static void save(const Sum& s, std::int32_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+        static __m256i lanes_of(const Sum& s) { return s; }
         static void flush(Sum&) {}
+        static void hold(Sum& s) { asm("" : "+x"(s)); }  // in its register: see isa_avx512vnni.cpp
         static void add(Sum& s, Weights w, __m256i q) { s = dot_bytes(s, w, q); }
     };
     using Tile8 = Tile;
-};
-
-// 16-byte vectors, for groups that are not whole 32-byte ones.
-struct AvxVnniNarrow : AvxVnni {
-    static constexpr int vector_bytes = 16;
-
-    using Vector = Avx2Narrow::Vector;
-
-    static Vector load(const void* p) { return Avx2Narrow::load(p); }
-    static Vector load_some(const void* p, int bytes) { return Avx2Narrow::load_some(p, bytes); }
-    static std::int32_t total(__m128i wide) { return Avx2Narrow::total(wide); }
-    static void total_4(__m128i a, __m128i b, __m128i c, __m128i d, std::int32_t* out) {
-        Avx2Narrow::total_4(a, b, c, d, out);
-    }
-
-    template <int Bits>
-    struct Dot : VnniDot<Avx2Narrow, Bits> {};
 };
 
 bool supported() {
@@ -146,7 +98,7 @@ bool supported() {
 }  // namespace
 
 const Kernels avxvnni_kernels = {"avxvnni",          supported,
-                                 quantize<AvxVnni>,  requantize<AvxVnni>,
+                                 quantize<AvxVnni>,  requantize<AvxVnni>, make_group_scales,
                                  matmul<AvxVnni>,    weight_only<AvxVnni>,
                                  embedding<AvxVnni>, norm_rows<AvxVnni>,
                                  head_rows<AvxVnni>, gate_rows<AvxVnni>,

@@ -56,8 +56,6 @@ inline uint8x8_t spread_8(uint8x8_t packed) {
 }
 
 struct Dotprod {
-    using Narrow = Dotprod;
-
     static constexpr int vector_bytes = 16;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 12;
@@ -124,6 +122,19 @@ struct Dotprod {
         vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
     }
 
+    // See groups.hpp: the sums of four weight rows and activation row m, `Groups` in a vector, to [groups][4].
+    template <int Groups, int Units, class Sum, int MR>
+    static void fold(const Sum (&s)[Units][4][MR], int m, std::int32_t* out) {
+        const int32x4_t ab = vpaddq_s32(s[0][0][m].wide, s[0][1][m].wide);
+        const int32x4_t cd = vpaddq_s32(s[0][2][m].wide, s[0][3][m].wide);
+        if constexpr (Groups == 1) {
+            vst1q_s32(out, vpaddq_s32(ab, cd));
+        } else {
+            vst1q_s32(out, vuzp1q_s32(ab, cd));
+            vst1q_s32(out + 4, vuzp2q_s32(ab, cd));
+        }
+    }
+
     // A tile of a panel: 6 rows of activations, 4 vectors of 4 channels; 24 sums of 32 registers.
     struct Tile {
         using Element = std::int8_t;
@@ -165,9 +176,12 @@ struct Dotprod {
         }
 
         static void clear(Sum& s) { s = vdupq_n_s32(0); }
+        static void start(Sum& s, std::int32_t value) { s = vdupq_n_s32(value); }
         static void restore(Sum& s, const std::int32_t* p) { s = vld1q_s32(p); }
         static void save(const Sum& s, std::int32_t* p) { vst1q_s32(p, s); }
+        static Sum lanes_of(const Sum& s) { return s; }
         static void flush(Sum&) {}
+        static void hold(Sum&) {}
         static void add(Sum& s, Weights w, int8x16_t q) { s = vdotq_s32(s, w, q); }
     };
 
@@ -329,7 +343,7 @@ bool supported() {
 }  // namespace
 
 const Kernels dotprod_kernels = {"dotprod",          supported,
-                                 quantize<Dotprod>,  requantize<Dotprod>,
+                                 quantize<Dotprod>,  requantize<Dotprod>, make_group_scales,
                                  matmul<Dotprod>,    weight_only<Dotprod>,
                                  embedding<Dotprod>, norm_rows<Dotprod>,
                                  head_rows<Dotprod>, gate_rows<Dotprod>,

@@ -23,8 +23,6 @@ using Uint32x4 = std::uint32_t __attribute__((vector_size(16)));
 using Float32x4 = float __attribute__((vector_size(16)));
 
 struct Portable {
-    using Narrow = Portable;
-
     static constexpr int vector_bytes = 16;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
@@ -90,6 +88,17 @@ struct Portable {
         out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
     }
 
+    // See groups.hpp: the sums of four weight rows and activation row m, `Groups` in a vector, to [groups][4].
+    template <int Groups, int Units, class Sum, int MR>
+    static void fold(const Sum (&s)[Units][4][MR], int m, std::int32_t* out) {
+        for (int i = 0; i < 4; ++i) {
+            const Uint32x4 sums = s[0][i][m].wide;
+            const std::uint32_t low = sums[0] + sums[1], high = sums[2] + sums[3];
+            out[i] = static_cast<std::int32_t>(Groups == 1 ? low + high : low);
+            if constexpr (Groups == 2) out[i + 4] = static_cast<std::int32_t>(high);
+        }
+    }
+
     // A tile of a panel: vectors of 4 channels, 2 of them, and 2 rows of activations; int16 lanes as in `Dot`.
     struct Tile {
         using Element = std::int16_t;
@@ -135,9 +144,12 @@ struct Portable {
         static Activations activations(const std::uint8_t* p) { return {broadcast(p), broadcast(p + 4)}; }
 
         static void clear(Sum& s) { s = Uint32x4{}; }
+        static void start(Sum& s, std::int32_t value) { s = Uint32x4{} + static_cast<std::uint32_t>(value); }
         static void restore(Sum& s, const std::int32_t* p) { std::memcpy(&s, p, sizeof s); }
         static void save(const Sum& s, std::int32_t* p) { std::memcpy(p, &s, sizeof s); }
+        static Sum lanes_of(const Sum& s) { return s; }
         static void flush(Sum&) {}
+        static void hold(Sum&) {}
         static void add(Sum& s, const Weights& w, const Activations& q) {
             typename Dot<8>::Sum sum{s};
             Dot<8>::add(sum, w.even, q.even);
@@ -236,7 +248,7 @@ bool supported() { return true; }
 }  // namespace
 
 const Kernels portable_kernels = {"portable",       supported,
-                                  quantize<Portable>, requantize<Portable>,
+                                  quantize<Portable>, requantize<Portable>, make_group_scales,
                                   matmul<Portable>,   weight_only<Portable>,
                                   embedding<Portable>, norm_rows<Portable>,
                                   head_rows<Portable>, gate_rows<Portable>,

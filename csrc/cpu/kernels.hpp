@@ -8,12 +8,13 @@ namespace bytelane::cpu {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// packed reads the canonical rows directly (2, 4 or 8 bits, groups of whole 16 bytes if any); unpacked first spreads a
+// packed reads the canonical rows directly (2, 4 or 8 bits, groups as kGroupBytes says if any); unpacked first spreads a
 // few rows to one byte a code (any width, any groups).
 enum class Path : int { packed = 0, unpacked = 1 };
 
-// The packed path takes groups of whole multiples of this many bytes, on every instruction set.
-constexpr std::int64_t kGroupBytes = 16;
+// The packed path takes groups of whole multiples of this many bytes, and of an eighth, a quarter and half of it: whole
+// vectors, or whole parts of one, on every instruction set.
+constexpr std::int64_t kGroupBytes = 64;
 
 // x float -> int8 codes, `count` elements.
 struct Quantize {
@@ -34,6 +35,15 @@ struct Output {
     const float* bias;           // [N]
     void* y;                     // [M][N]
     Dtype dtype;
+    const float* group_scales;   // what GroupScales makes of these, or null: `matmul` then makes it in every call
+};
+
+// r[n,g] of a layer with several groups, in the order of groups.hpp: [ceil(N / 4)][groups][4].
+struct GroupScales {
+    Output output;
+    std::int64_t n, groups;
+    float* r;
+    int threads;
 };
 
 struct Requantize {
@@ -211,6 +221,7 @@ struct Kernels {
     bool (*supported)();
     void (*quantize)(const Quantize&);
     void (*requantize)(const Requantize&);
+    void (*group_scales)(const GroupScales&);
     void (*matmul)(const Matmul&);
     void (*weight_only)(const WeightOnly&);
     void (*embedding)(const Embedding&);

@@ -10,10 +10,12 @@
 // the number of threads, the panel or M.
 //
 // Canonical rows are dotted in place if a group is a whole number of the vectors that the instruction set reads its
-// width in. Otherwise a panel's rows are first spread to bytes, each group padded to whole vectors, and dotted as 8-bit
-// rows:
+// width in, or a whole part of one. Otherwise a panel's rows are first spread to bytes, each group padded to whole
+// vectors where it must be, and dotted as 8-bit rows:
 //
 //     row of the panel     g0: u0 u1 ... 0 0 | g1: u0 u1 ... 0 0 | ...
+//
+// Layers with several groups take the three steps of groups.hpp.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +23,7 @@
 
 #include "convert.hpp"
 #include "dot.hpp"
+#include "groups.hpp"
 #include "kernels.hpp"
 #include "matmul_panels.hpp"
 #include "requantize.hpp"
@@ -56,24 +59,25 @@ class MatmulDriver {
         groups_ = a_.group_size > 0 ? a_.k / a_.group_size : 1;
         size_ = a_.group_size > 0 ? a_.group_size : a_.k;
         row_bytes_ = ceil_div(a_.k * a_.bits, 8);
-        blocks_ = ceil_div(size_, L::block_codes);
-        q_group_ = blocks_ * L::block_bytes;
-        q_row_ = groups_ * q_group_;
-        u_group_ = blocks_ * L::vector_bytes;
-        u_row_ = groups_ * u_group_;
+        units_ = groups_ > 1 ? Units::of(a_.k, size_, L::block_codes, L::vector_bytes) : Units{a_.k, 1, 1};
+        blocks_ = ceil_div(units_.codes, L::block_codes);
+        q_unit_ = blocks_ * L::block_bytes;
+        q_row_ = units_.count * q_unit_;
+        u_unit_ = blocks_ * L::vector_bytes;
+        u_row_ = units_.count * u_unit_;
         threads_ = row_bytes_ * a_.n * a_.m < kSerialBytes ? 1 : a_.threads;
         panel_ = kPanel;
         if (Unpack) panel_ = larger(kMaxTile, smaller(panel_, kUnpackedBytes / larger(u_row_, 1) / kMaxTile * kMaxTile));
-        while (a_.m > kMaxTile && panel_ > kStep && panel_ * row_bytes_ > kTileBytes) panel_ /= 2;
-        while (panel_ > kMaxTile * 2 && a_.n < panel_ * 4 * threads_ && threads_ > 1) panel_ /= 2;
+        while (a_.m > kMaxTile && panel_ > kStep && panel_ * row_bytes_ > kTileBytes) halve();
+        while (panel_ > kMaxTile * 2 && a_.n < panel_ * 4 * threads_ && threads_ > 1) halve();
         threads_ = static_cast<int>(larger(smaller(threads_, ceil_div(a_.n, panel_)), 1));
     }
 
     void run() const {
-        const Scratch shared(a_.m * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
+        const Scratch shared(padded_rows() * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
         Carver memory = shared.of(0);
-        auto* q = memory.take<std::uint8_t>(a_.m * q_row_);
-        auto* sums = memory.take<std::int32_t>(a_.m * groups_);
+        auto* q = memory.take<std::uint8_t>(padded_rows() * q_row_);
+        auto* sums = memory.take<std::int32_t>(padded_rows() * groups_);
         const Scratch scratch(thread_bytes(), threads_);
         const bool alone = threads_ == 1 || a_.m * a_.k < kSerialActivations;
         if (alone) {
@@ -86,7 +90,7 @@ class MatmulDriver {
 #pragma omp for schedule(static)
                 for (std::int64_t m = 0; m < a_.m; ++m) load_codes(m, q, sums, mine);
             }
-            const Codes codes{q, sums, q_row_, q_group_, groups_};
+            const Codes codes{q, sums, q_row_, q_unit_, groups_};
             const std::int64_t panels = ceil_div(a_.n, panel_);
 #pragma omp for schedule(static) nowait
             for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, codes, mine);
@@ -94,10 +98,15 @@ class MatmulDriver {
     }
 
   private:
-    std::int64_t acc_count() const { return smaller(kMaxTile, a_.m) * groups_ * kPanel; }
+    void halve() { panel_ = ceil_div(panel_ / 2, kGroupRows) * kGroupRows; }
+
+    // Rows that a tile may reach past the last one, where tiles of groups are full.
+    std::int64_t padded_rows() const { return groups_ > 1 && a_.m > 1 ? ceil_div(a_.m, kMaxTile) * kMaxTile : a_.m; }
+
+    std::int64_t acc_count() const { return smaller(kMaxTile, padded_rows()) * kPanel; }
 
     std::int64_t thread_bytes() const {
-        const std::int64_t panel = panel_scales_bytes(groups_) + acc_count() * 4;
+        const std::int64_t panel = panel_scales_bytes(groups_) + acc_count() * 4 + (groups_ > 1 ? quad_copy_bytes() : 0);
         return larger(panel + (Unpack ? panel_ * u_row_ : 0), a_.k) + 8 * Carver::alignment;
     }
 
@@ -111,8 +120,19 @@ class MatmulDriver {
             quantize_span<Isa>(x, dtype, a_.k, 1.0f / *a_.output.input_scale, fresh);
             codes = fresh;
         }
-        for (std::int64_t g = 0; g < groups_; ++g) {
-            sums[m * groups_ + g] = arrange<Isa, Bits>(codes + g * size_, size_, q + m * q_row_ + g * q_group_);
+        sums += m * groups_;
+        for (std::int64_t u = 0; u < units_.count; ++u) {
+            const std::int64_t start = u * units_.codes, count = smaller(units_.codes, a_.k - start);
+            const std::int32_t sum = arrange<Isa, Bits>(codes + start, count, q + m * q_row_ + u * q_unit_);
+            if (units_.groups == 1) sums[u] = sum;
+        }
+        if (units_.groups > 1) {
+            for (std::int64_t g = 0; g < groups_; ++g) sums[g] = sum_of(codes + g * size_, size_);
+        }
+        if (groups_ > 1) {  // as the corrections that they are needed for
+            for (std::int64_t g = 0; g < groups_; ++g) {
+                sums[g] = static_cast<std::int32_t>(offset() * static_cast<std::uint32_t>(sums[g]));
+            }
         }
     }
 
@@ -120,27 +140,28 @@ class MatmulDriver {
         const std::uint8_t* first = a_.w + n0 * row_bytes_;
         const std::uint8_t* end = a_.w + a_.n * row_bytes_;
         if constexpr (!Unpack) {
-            const std::int64_t group_bytes = groups_ > 1 ? size_ * a_.bits / 8 : row_bytes_;
-            return {first, end, row_bytes_, group_bytes, group_bytes};
+            const std::int64_t unit_bytes = groups_ > 1 ? units_.codes * a_.bits / 8 : row_bytes_;
+            return {first, end, row_bytes_, unit_bytes, unit_bytes};
         } else {
             for (std::int64_t n = 0; n < count; ++n) {
                 const std::uint8_t* row = first + n * row_bytes_;
-                if (groups_ > 1 && size_ == u_group_) {  // nothing to pad: the row as a whole
+                if (groups_ > 1 && units_.codes == u_unit_) {  // nothing to pad: the row as a whole
                     unpack<Isa>(a_.bits, row, end - row, 0, a_.k, unpacked + n * u_row_);
                     continue;
                 }
                 for (std::int64_t g = 0; g < groups_; ++g) {
-                    std::uint8_t* out = unpacked + n * u_row_ + g * u_group_;
+                    std::uint8_t* out = unpacked + n * u_row_ + g * u_unit_;
                     unpack<Isa>(a_.bits, row, end - row, g * size_, size_, out);
                     const std::int64_t written = ceil_div(size_, 8) * 8;
-                    std::memset(out + written, 0, u_group_ - written);
+                    std::memset(out + written, 0, u_unit_ - written);
                 }
             }
-            return {unpacked, unpacked + count * u_row_, u_row_, u_group_, u_group_};
+            return {unpacked, unpacked + count * u_row_, u_row_, u_unit_, u_unit_};
         }
     }
 
     void run_panel(std::int64_t n0, const Codes& codes, Carver memory) const {
+        if (groups_ > 1) return run_group_panel(n0, codes, memory);
         const std::int64_t count = smaller(panel_, a_.n - n0);
         PanelScales scales = take_panel_scales(memory, groups_);
         auto* acc = memory.take<std::int32_t>(acc_count());
@@ -156,18 +177,82 @@ class MatmulDriver {
                 case 2: dot<2>(rows, count, codes, m, acc); break;
                 default: dot<1>(rows, count, codes, m, acc);
             }
-            for (std::int64_t i = 0; i < tile; ++i) store(acc + i * groups_ * kPanel, scales, m + i, n0, count);
+            for (std::int64_t i = 0; i < tile; ++i) store(acc + i * kPanel, scales, m + i, n0, count);
             m += tile;
         }
     }
 
+    std::uint32_t offset() const { return (1u << (a_.bits - 1)) - kTaken<typename L::Dot>; }
+
     template <int MR>
     void dot(const Rows& rows, std::int64_t count, const Codes& codes, std::int64_t m, std::int32_t* acc) const {
-        const std::uint32_t offset = (1u << (a_.bits - 1)) - kTaken<typename L::Dot>;
-        if (rows.bytes == L::weight_bytes) {
-            return dot_rows<Isa, Bits, MR, true>(rows, count, codes, m, offset, acc, kPanel);
+        dot_rows<Isa, Bits, MR>(rows, count, codes, m, offset(), acc, kPanel);
+    }
+
+    // --- several groups -------------------------------------------------------------------------------------------------
+
+    void run_group_panel(std::int64_t n0, const Codes& codes, Carver memory) const {
+        const std::int64_t count = smaller(panel_, a_.n - n0);
+        PanelScales scales = take_panel_scales(memory, groups_);
+        auto* total = memory.take<float>(acc_count());
+        const Rows rows = rows_of(n0, count, memory.take<std::uint8_t>(Unpack ? panel_ * u_row_ : 0));
+        const float* r = scales.scale;
+        if (a_.acc == nullptr) {
+            prepare_outputs(a_.output, groups_, n0, count, scales);
+            if (a_.output.group_scales != nullptr) {
+                r = a_.output.group_scales + n0 * groups_;
+            } else {
+                for (std::int64_t n = 0; n < count; n += kGroupRows) {
+                    group_scales_of_quad(a_.output, a_.n, groups_, n0 + n, scales.scale + n * groups_);
+                }
+            }
         }
-        dot_rows<Isa, Bits, MR>(rows, count, codes, m, offset, acc, kPanel);
+        auto* copies = memory.take<std::uint8_t>(quad_copy_bytes());
+        // rows so short that the next four are too near skip some
+        const std::int64_t ahead = ceil_div(kFetchAhead, larger(kGroupRows * rows.stride, 1)) * kGroupRows * rows.stride;
+        for (std::int64_t m = 0; m < a_.m;) {
+            const std::int64_t tile = smaller(kMaxTile, a_.m - m);
+            for (std::int64_t i = 0; i < acc_count(); ++i) total[i] = kNothing;
+            for (std::int64_t n = 0; n < count; n += kGroupRows) {
+                GroupQuad quad = {};
+                for (std::int64_t i = 0; i < kGroupRows; ++i) {
+                    quad.row[i] = rows.first + smaller(n + i, count - 1) * rows.stride;
+                }
+                quad.unit_bytes = rows.group_stride, quad.units = units_.count, quad.ahead = ahead;
+                if (quad.row[kGroupRows - 1] + quad.units * quad.unit_bytes > rows.end) copy_quad(quad, copies);
+                quad.groups = groups_, quad.r = r + n * groups_, quad.correction = codes.sums + m * groups_;
+                quad.total = total + n, quad.total_stride = kPanel, quad.rows = tile;
+                if (a_.acc != nullptr) {
+                    quad.acc = a_.acc + (m * a_.n + n0 + n) * groups_, quad.acc_stride = a_.n * groups_;
+                    quad.channels = smaller(kGroupRows, count - n);
+                }
+                if (tile == 1) {
+                    dot_group_quad<Isa, Bits, 1>(blocks_, units_.groups, quad, codes, m);
+                } else {
+                    dot_group_quad<Isa, Bits, kMaxTile>(blocks_, units_.groups, quad, codes, m);
+                }
+            }
+            for (std::int64_t i = 0; i < tile && a_.acc == nullptr; ++i) {
+                auto* y = static_cast<std::uint8_t*>(a_.output.y);
+                y += ((m + i) * a_.n + n0) * element_bytes(a_.output.dtype);
+                finish_total<Isa>(total + i * kPanel, scales, a_.output, groups_, count, y);
+            }
+            m += tile;
+        }
+    }
+
+    // Where the last unit of a row is a part of one, the memory may end with it.
+    std::int64_t quad_copy_bytes() const {
+        return Unpack || units_.groups == 1 ? 0 : kGroupRows * units_.count * L::weight_bytes + kGroupRows * L::vector_bytes;
+    }
+
+    void copy_quad(GroupQuad& quad, std::uint8_t* copies) const {
+        const std::int64_t stride = quad.units * quad.unit_bytes;
+        std::memset(copies, 0, quad_copy_bytes());
+        for (std::int64_t i = 0; i < kGroupRows; ++i) {
+            std::memcpy(copies + i * stride, quad.row[i], row_bytes_);
+            quad.row[i] = copies + i * stride;
+        }
     }
 
     void store(const std::int32_t* acc, const PanelScales& scales, std::int64_t m, std::int64_t n0,
@@ -175,45 +260,23 @@ class MatmulDriver {
         const std::int64_t at = m * a_.n + n0;
         if (a_.acc == nullptr) {
             auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
-            finish_panel<Isa>(acc, scales, a_.output, groups_, count, y);
+            finish_panel<Isa>(acc, scales, a_.output, 1, count, y);
             return;
         }
-        for (std::int64_t n = 0; n < count; ++n) {
-            for (std::int64_t g = 0; g < groups_; ++g) a_.acc[(at + n) * groups_ + g] = acc[g * kPanel + n];
-        }
+        std::memcpy(a_.acc + at, acc, count * sizeof *acc);
     }
 
     const Matmul& a_;
-    std::int64_t groups_, size_, row_bytes_, blocks_, q_group_, q_row_, u_group_, u_row_, panel_;
+    std::int64_t groups_, size_, row_bytes_, blocks_, q_unit_, q_row_, u_unit_, u_row_, panel_;
+    Units units_;
     int threads_;
 };
 
-// Canonical rows in place: groups that are not whole vectors in narrower ones.
-template <class Isa, int Bits>
-void matmul_in_place(const Matmul& args) {
-    if constexpr (Isa::vector_bytes > kGroupBytes) {
-        if (args.group_size % Layout<Isa, Bits>::block_codes != 0) {
-            return matmul_in_place<typename Isa::Narrow, Bits>(args);
-        }
-    }
-    MatmulDriver<Isa, Bits, false>(args).run();
-}
-
-// The widest vectors that groups of bytes are a whole number of; where there are none, groups are padded.
-template <class Isa, class Widest = Isa>
-void matmul_bytes(const Matmul& args) {
-    if (args.group_size % Layout<Isa, 8>::block_codes == 0) return MatmulDriver<Isa, 8, true>(args).run();
-    if constexpr (Isa::vector_bytes > kGroupBytes) {
-        matmul_bytes<typename Isa::Narrow, Widest>(args);
-    } else {
-        MatmulDriver<Widest, 8, true>(args).run();
-    }
-}
-
 template <class Isa>
 void matmul_unpacked(const Matmul& args) {
+    using Bytes = Layout<Isa, 8>;
     if constexpr (Isa::spreads_in_registers) {
-        if (args.group_size % Layout<Isa, 8>::block_codes == 0) {
+        if (args.group_size == 0 || Units::fit(args.group_size, Bytes::block_codes, Bytes::vector_bytes)) {
             switch (args.bits) {
                 case 3: return MatmulDriver<Isa, 3, false>(args).run();
                 case 5: return MatmulDriver<Isa, 5, false>(args).run();
@@ -222,7 +285,7 @@ void matmul_unpacked(const Matmul& args) {
             }
         }
     }
-    matmul_bytes<Isa>(args);
+    MatmulDriver<Isa, 8, true>(args).run();
 }
 
 template <class Isa>
@@ -235,9 +298,9 @@ void matmul(const Matmul& args) {
     }
     if (!packed) return matmul_unpacked<Isa>(args);
     switch (args.bits) {
-        case 2: return matmul_in_place<Isa, 2>(args);
-        case 4: return matmul_in_place<Isa, 4>(args);
-        default: return matmul_in_place<Isa, 8>(args);
+        case 2: return MatmulDriver<Isa, 2, false>(args).run();
+        case 4: return MatmulDriver<Isa, 4, false>(args).run();
+        default: return MatmulDriver<Isa, 8, false>(args).run();
     }
 }
 

@@ -104,12 +104,14 @@ class PanelDriver {
         for (std::int64_t g = 0; g < groups_; ++g) {
             std::uint8_t* out = q + at * q_row_ + g * steps_ * Tile::q_step;
             const std::int8_t* from = codes + g * size_;
-            std::int32_t& sum = sums[at * groups_ + g];
+            std::int32_t& sum = sums[at * groups_ + g];  // times the offset, which an accumulator has too much: its start
             switch (parts_) {
                 case 4: sum = arrange_steps<Element, 4>(from, size_, out); break;
                 case 2: sum = arrange_steps<Element, 2>(from, size_, out); break;
                 default: sum = arrange_steps<Element, 1>(from, size_, out);
             }
+            sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) *
+                                            static_cast<std::uint32_t>(-Tile::offset(a_.bits)));
         }
     }
 
@@ -118,13 +120,16 @@ class PanelDriver {
         const std::int64_t block_bytes = this->block_bytes(count);
         PanelRows rows{a_.w + n0 * row_bytes_, a_.w + a_.n * row_bytes_, row_bytes_, 0};
         for (std::int64_t done = 0; done < count;) {
-            const std::int64_t g = (step + done) / steps_, in_group = (step + done) % steps_;
-            const std::int64_t now = smaller(count - done, steps_ - in_group);
-            const std::int64_t start = in_group * kStepCodes, codes = smaller(now * kStepCodes, size_ - start);
+            // groups without a gap are filled as one row, which memory likes better than columns of groups
+            const bool gaps = steps_ * kStepCodes != size_;
+            const std::int64_t size = gaps ? size_ : a_.k, steps = gaps ? steps_ : groups_ * steps_;
+            const std::int64_t g = (step + done) / steps, in_group = (step + done) % steps;
+            const std::int64_t now = smaller(count - done, steps - in_group);
+            const std::int64_t start = in_group * kStepCodes, codes = smaller(now * kStepCodes, size - start);
             std::uint8_t* out = panel + done * Tile::lanes * kStepCodes;
             if (packed_) {
                 PanelRows packed = rows;
-                packed.first += (g * size_ + start) * a_.bits / 8;
+                packed.first += (g * size + start) * a_.bits / 8;
                 packed.bytes = ceil_div(codes * a_.bits, 8);
                 switch (a_.bits) {
                     case 2: fill_panel<Isa, 2>(packed, channels, block_bytes, out); break;
@@ -132,7 +137,7 @@ class PanelDriver {
                     default: fill_panel<Isa, 8>(packed, channels, block_bytes, out);
                 }
             } else {
-                unpack_panel<Isa>(a_.bits, rows, g * size_ + start, codes, channels, block_bytes, out);
+                unpack_panel<Isa>(a_.bits, rows, g * size + start, codes, channels, block_bytes, out);
             }
             done += now;
         }
@@ -153,7 +158,11 @@ class PanelDriver {
                 const std::int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
                 const std::int64_t kept = k_parts_ > 1 ? from * kPanel : 0;
                 const Piece piece{n0, channels, step, count, block.from + from, to - from, tile};
-                dot_tile(piece, block, panel, scales, acc + kept, total + kept);
+                if (groups_ > 1 && a_.acc == nullptr) {
+                    dot_group_tile(piece, block, panel, scales, total + kept);
+                } else {
+                    dot_tile(piece, block, panel, scales, acc + kept, total + kept);
+                }
             }
         }
     }
@@ -168,13 +177,9 @@ class PanelDriver {
         const std::int64_t block_bytes = this->block_bytes(p.count);
         for (std::int64_t done = 0; done < p.count || done == 0;) {
             const std::int64_t g = (p.step + done) / larger(steps_, 1), now = smaller(p.count - done, steps_);
-            // tile by tile, the rows of the next panel, which follow
-            Ahead ahead{panel, 0};
-            const std::int64_t line = (p.tile * groups_ * steps_ + p.step + done) * 64;
-            if (k_parts_ == 1 && line < kPanel * row_bytes_) ahead = {a_.w + (p.n0 + kPanel) * row_bytes_ + line, 64};
             dot_panel_rows<Tile>(p.rows, panel + done * Tile::lanes * kStepCodes, block_bytes, now,
                                  Tile::flush_steps(a_.bits), block.q + p.row * q_row_ + (p.step + done) * Tile::q_step,
-                                 q_row_, p.channels, groups_ > 1 || p.step == 0, ahead, acc);
+                                 q_row_, p.channels, groups_ > 1 || p.step == 0, ahead(p, panel, p.step + done), acc);
             done += larger(now, 1);
             const bool last = p.step + done >= groups_ * steps_;
             if (groups_ > 1 || last) {
@@ -183,16 +188,41 @@ class PanelDriver {
         }
     }
 
+    // A part of k is whole groups; the last one finishes the rows.
+    void dot_group_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales,
+                        float* total) const {
+        if (p.step == 0) {
+            for (std::int64_t i = 0; i < p.rows * kPanel; ++i) total[i] = kNothing;
+        }
+        const std::int64_t g = p.step / steps_;
+        const PanelGroups groups{p.count / steps_, scales.scale + g * kPanel, block.sums + p.row * groups_ + g, groups_};
+        dot_panel_groups_rows<Tile>(p.rows, panel, block_bytes(p.count), steps_, Tile::flush_steps(a_.bits),
+                                    block.q + p.row * q_row_ + p.step * Tile::q_step, q_row_, p.channels, groups,
+                                    ahead(p, panel, p.step), total);
+        if (p.step + p.count < groups_ * steps_) return;
+        for (std::int64_t i = 0; i < p.rows; ++i) {
+            auto* y = static_cast<std::uint8_t*>(a_.output.y);
+            y += ((block.m0 + p.row + i) * a_.n + p.n0) * element_bytes(a_.output.dtype);
+            finish_total<Isa>(total + i * kPanel, scales, a_.output, groups_, p.channels, y);
+        }
+    }
+
+    // Tile by tile, the rows of the next panel, which follow.
+    Ahead ahead(const Piece& p, const std::uint8_t* panel, std::int64_t step) const {
+        const std::int64_t line = (p.tile * groups_ * steps_ + step) * 64;
+        if (k_parts_ > 1 || line >= kPanel * row_bytes_) return {panel, 0};
+        return {a_.w + (p.n0 + kPanel) * row_bytes_ + line, 64};
+    }
+
     // What follows when the accumulators of row i and group g are complete.
     void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, bool last,
                 const PanelScales& scales, std::int32_t* all_acc, float* all_total) const {
         std::int32_t* acc = all_acc + i * kPanel;
         float* total = all_total + i * kPanel;
         const std::int64_t m = block.m0 + p.row + i, at = m * a_.n + p.n0;
-        const auto offset = static_cast<std::uint32_t>(Tile::offset(a_.bits));
-        const std::uint32_t correction = offset * static_cast<std::uint32_t>(block.sums[(p.row + i) * groups_ + g]);
+        const auto start = static_cast<std::uint32_t>(block.sums[(p.row + i) * groups_ + g]);
         for (std::int64_t n = 0; n < kPanel; ++n) {
-            acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) - correction);
+            acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) + start);
         }
         if (a_.acc != nullptr) {
             for (std::int64_t n = 0; n < p.channels; ++n) a_.acc[(at + n) * groups_ + g] = acc[n];

@@ -58,8 +58,10 @@ void check_sizes(std::int64_t m, std::int64_t n, std::int64_t k, int bits, std::
                " input features");
     }
     if (path != 0 && path != 1) refuse("path must be 0 (packed) or 1 (unpacked), found " + std::to_string(path));
-    if (path == 0 && ((bits != 2 && bits != 4 && bits != 8) || group_size * bits % (8 * kGroupBytes) != 0)) {
-        refuse("the packed path takes 2, 4 or 8 bits and groups of whole multiples of 16 bytes, found " +
+    const std::int64_t whole = 8 * kGroupBytes, group_bits = group_size * bits;
+    const bool fits = group_bits % whole == 0 || group_bits * 2 == whole || group_bits * 4 == whole || group_bits * 8 == whole;
+    if (path == 0 && ((bits != 2 && bits != 4 && bits != 8) || !fits)) {
+        refuse("the packed path takes 2, 4 or 8 bits and groups of 8, 16, 32 or whole multiples of 64 bytes, found " +
                std::to_string(bits) + " bits and group size " + std::to_string(group_size));
     }
 }
@@ -143,16 +145,30 @@ void call_requantize(int isa, std::uintptr_t acc, std::uintptr_t weight_scale, s
     kernels(isa).requantize({pointer<const std::int32_t>(acc),
                              {pointer<const float>(weight_scale), pointer<const float>(input_scale),
                               pointer<const float>(output_scale), check_output_scales(output_scales, n),
-                              pointer<const float>(bias), pointer<void>(y), dtype_of(dtype)},
+                              pointer<const float>(bias), pointer<void>(y), dtype_of(dtype), nullptr},
                              m, n, groups, Threads(threads)});
+}
+
+void call_group_scales(int isa, std::uintptr_t weight_scale, std::uintptr_t input_scale, std::uintptr_t output_scale,
+                       std::int64_t output_scales, std::uintptr_t r, std::int64_t n, std::int64_t groups, int threads) {
+    if (n < 0 || groups < 1) refuse("sizes must not be negative, and groups at least 1");
+    GroupScales args = {};
+    args.output.weight_scale = pointer<const float>(weight_scale);
+    args.output.input_scale = pointer<const float>(input_scale);
+    args.output.output_scale = pointer<const float>(output_scale);
+    args.output.output_stride = check_output_scales(output_scales, n);
+    args.n = n, args.groups = groups, args.r = pointer<float>(r);
+    const Threads mine(threads);
+    args.threads = mine;
+    kernels(isa).group_scales(args);
 }
 
 // A layer's call with all but the activations in place and checked. It keeps addresses, not tensors: its owner does.
 class BoundLinear {
   public:
     BoundLinear(int isa, int path, int dtype, std::uintptr_t w, std::uintptr_t weight_scale, std::uintptr_t input_scale,
-                std::uintptr_t output_scale, std::int64_t output_scales, std::uintptr_t bias, std::int64_t n,
-                std::int64_t k, int bits, std::int64_t group_size)
+                std::uintptr_t output_scale, std::int64_t output_scales, std::uintptr_t bias,
+                std::uintptr_t group_scales, std::int64_t n, std::int64_t k, int bits, std::int64_t group_size)
         : kernels_(kernels(isa)) {
         check_sizes(0, n, k, bits, group_size, path);
         args_.w = pointer<const std::uint8_t>(w);
@@ -161,6 +177,7 @@ class BoundLinear {
         args_.output.output_scale = pointer<const float>(output_scale);
         args_.output.output_stride = check_output_scales(output_scales, n);
         args_.output.bias = pointer<const float>(bias);
+        args_.output.group_scales = pointer<const float>(group_scales);
         args_.output.dtype = dtype_of(dtype);
         args_.n = n, args_.k = k, args_.bits = bits, args_.group_size = group_size;
         args_.path = static_cast<Path>(path);
@@ -232,9 +249,10 @@ NB_MODULE(_native, m) {
     m.def("quantize", call_quantize, Free());
     m.def("accumulate", call_accumulate, Free());
     m.def("requantize", call_requantize, Free());
+    m.def("group_scales", call_group_scales, Free());
     nb::class_<BoundLinear>(m, "BoundLinear")
         .def(nb::init<int, int, int, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t,
-                      std::uintptr_t, std::int64_t, std::int64_t, int, std::int64_t>())
+                      std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, int, std::int64_t>())
         .def("run", &BoundLinear::run, Free());
     m.def("weight_only", call_weight_only, Free());
     m.def("embedding", call_embedding, Free());

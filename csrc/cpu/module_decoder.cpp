@@ -135,14 +135,15 @@ class LayerBuilder {
 
     // `role` is a single projection, or "qkv" or "gate_up", which may be added several times.
     void integer(const std::string& role, int path, Address w, Address weight_scale, Address input_scale,
-                 Address output_scale, std::int64_t output_scales, Address bias, std::int64_t n, std::int64_t k,
-                 int bits, std::int64_t group_size) {
+                 Address output_scale, std::int64_t output_scales, Address bias, Address group_scales, std::int64_t n,
+                 std::int64_t k, int bits, std::int64_t group_size) {
         check_sizes(0, n, k, bits, group_size, path);
         Projection made;
         made.matmul.w = pointer<const std::uint8_t>(w);
         made.matmul.output = {pointer<const float>(weight_scale), pointer<const float>(input_scale),
                               pointer<const float>(output_scale), check_output_scales(output_scales, n),
-                              pointer<const float>(bias), nullptr, layer_.dtype()};
+                              pointer<const float>(bias), nullptr, layer_.dtype(),
+                              pointer<const float>(group_scales)};
         made.matmul.n = n, made.matmul.k = k, made.matmul.bits = bits, made.matmul.group_size = group_size;
         made.matmul.path = static_cast<Path>(path);
         take(role, made);

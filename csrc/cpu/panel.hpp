@@ -128,14 +128,45 @@ struct Ahead {
     std::int64_t step;
 };
 
+// `steps` steps of a panel, from w on, against MR rows of arranged activations, from q on, into the sums.
+template <class Tile, int MR>
+[[gnu::always_inline]] inline void dot_steps(const std::uint8_t* w, std::int64_t block_bytes, std::int64_t steps,
+                                             std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
+                                             Ahead& ahead, typename Tile::Sum (&sum)[MR][Tile::vectors]) {
+    constexpr int vectors = Tile::vectors;
+    constexpr std::int64_t step_bytes = Tile::lanes * kStepCodes;
+    for (std::int64_t left = steps; left > 0; left -= flush_steps) {
+        for (const std::uint8_t* stop = w + smaller(left, flush_steps) * step_bytes; w != stop; w += step_bytes) {
+            __builtin_prefetch(ahead.first, 0, 2);
+            ahead.first += ahead.step;
+            typename Tile::Weights weights[vectors];
+            unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+                weights[v.value] = Tile::weights(w + v.value * block_bytes);
+            });
+            unroll<MR>([&](auto m) __attribute__((always_inline)) {
+                const auto activations = Tile::activations(q + m.value * q_stride);
+                unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+                    Tile::add(sum[m.value][v.value], weights[v.value], activations);
+                });
+            });
+            q += Tile::q_step;
+        }
+        unroll<MR>([&](auto m) __attribute__((always_inline)) {
+            unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+                Tile::flush(sum[m.value][v.value]);
+                Tile::hold(sum[m.value][v.value]);
+            });
+        });
+    }
+}
+
 // MR rows of arranged activations against `steps` steps of a panel: acc[m * kPanel + c] (+)= the dots. `flush_steps`:
 // how many steps a narrow sum can take.
 template <class Tile, int MR>
-[[gnu::noinline]] void dot_panel(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps, std::int64_t flush_steps,
-               const std::uint8_t* q, std::int64_t q_stride, std::int64_t channels, bool first, Ahead ahead,
-               std::int32_t* acc) {
+[[gnu::noinline]] void dot_panel(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
+                                 std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
+                                 std::int64_t channels, bool first, Ahead ahead, std::int32_t* acc) {
     constexpr int vectors = Tile::vectors;
-    constexpr std::int64_t step_bytes = Tile::lanes * kStepCodes;
     for (std::int64_t c = 0; c < channels; c += vectors * Tile::lanes, panel += vectors * block_bytes) {
         typename Tile::Sum sum[MR][vectors];
         const auto each = [&](auto&& body) __attribute__((always_inline)) {
@@ -150,27 +181,79 @@ template <class Tile, int MR>
         } else {
             each([](auto& s, std::int32_t* at) __attribute__((always_inline)) { Tile::restore(s, at); });
         }
+        dot_steps<Tile, MR>(panel, block_bytes, steps, flush_steps, q, q_stride, ahead, sum);
+        each([](auto& s, std::int32_t* at) __attribute__((always_inline)) { Tile::save(s, at); });
+    }
+}
+
+// What groups of a panel are turned into totals with, from one group on.
+struct PanelGroups {
+    std::int64_t count;
+    const float* scale;         // [count][kPanel]
+    const std::int32_t* start;  // [rows][stride]: what an accumulator starts with, for what it will have too much
+    std::int64_t stride;
+};
+
+// The lanes of a tile's vector as the compiler's own types (GCC 12 does not take a size that is a template's).
+template <int Count>
+struct Lanes;
+template <>
+struct Lanes<4> {
+    typedef std::int32_t Ints __attribute__((vector_size(16)));
+    typedef float Floats __attribute__((vector_size(16)));
+};
+template <>
+struct Lanes<8> {
+    typedef std::int32_t Ints __attribute__((vector_size(32)));
+    typedef float Floats __attribute__((vector_size(32)));
+};
+template <>
+struct Lanes<16> {
+    typedef std::int32_t Ints __attribute__((vector_size(64)));
+    typedef float Floats __attribute__((vector_size(64)));
+};
+
+// total += f32(acc) * scale, of one vector.
+template <int Count, class Vector>
+[[gnu::always_inline]] inline void join_total(Vector acc, const float* scale, float* total) {
+    using L = Lanes<Count>;
+    typename L::Floats factor, sum;
+    std::memcpy(&factor, scale, sizeof factor);
+    std::memcpy(&sum, total, sizeof sum);
+    const auto whole = reinterpret_cast<typename L::Ints>(acc);
+    sum = sum + __builtin_convertvector(whole, typename L::Floats) * factor;
+    std::memcpy(total, &sum, sizeof sum);
+}
+
+// The same for `groups.count` groups of `steps` steps each: total[m * kPanel + c] += f32(start + dot) * scale, in
+// ascending order of groups. The accumulators do not leave the registers.
+template <class Tile, int MR>
+[[gnu::noinline]] void dot_panel_groups(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
+                                        std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
+                                        std::int64_t channels, const PanelGroups& groups, Ahead ahead, float* total) {
+    constexpr int vectors = Tile::vectors, lanes = Tile::lanes;
+    const std::int64_t stride = groups.stride;
+    for (std::int64_t c = 0; c < channels; c += vectors * lanes, panel += vectors * block_bytes) {
         const std::uint8_t* w = panel;
         const std::uint8_t* a = q;
-        for (std::int64_t left = steps; left > 0; left -= flush_steps) {
-            for (const std::uint8_t* stop = w + smaller(left, flush_steps) * step_bytes; w != stop; w += step_bytes) {
-                __builtin_prefetch(ahead.first, 0, 2);
-                ahead.first += ahead.step;
-                typename Tile::Weights weights[vectors];
+        const float* scale = groups.scale + c;
+        const std::int32_t* start = groups.start;
+        for (std::int64_t g = 0; g < groups.count; ++g) {
+            typename Tile::Sum sum[MR][vectors];
+            unroll<MR>([&](auto m) __attribute__((always_inline)) {
+                const std::int32_t value = start[m.value * stride];
+                unroll<vectors>([&](auto v) __attribute__((always_inline)) { Tile::start(sum[m.value][v.value], value); });
+            });
+            dot_steps<Tile, MR>(w, block_bytes, steps, flush_steps, a, q_stride, ahead, sum);
+            unroll<MR>([&](auto m) __attribute__((always_inline)) {
                 unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-                    weights[v.value] = Tile::weights(w + v.value * block_bytes);
+                    float* at = total + m.value * kPanel + c + v.value * lanes;
+                    join_total<lanes>(Tile::lanes_of(sum[m.value][v.value]), scale + v.value * lanes, at);
                 });
-                unroll<MR>([&](auto m) __attribute__((always_inline)) {
-                    const auto activations = Tile::activations(a + m.value * q_stride);
-                    unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-                        Tile::add(sum[m.value][v.value], weights[v.value], activations);
-                    });
-                });
-                a += Tile::q_step;
-            }
-            each([](auto& s, std::int32_t*) __attribute__((always_inline)) { Tile::flush(s); });
+            });
+            w += steps * lanes * kStepCodes, a += steps * Tile::q_step, scale += kPanel, ++start;
+            asm volatile("" : : : "memory");  // or GCC keeps the totals of all rows in registers that it does not have
         }
-        each([](auto& s, std::int32_t* at) __attribute__((always_inline)) { Tile::save(s, at); });
     }
 }
 
@@ -181,6 +264,14 @@ void dot_panel_rows(std::int64_t rows, const Args&... args) {
         if (rows < MR) return dot_panel_rows<Tile, MR - 1>(rows, args...);
     }
     dot_panel<Tile, MR>(args...);
+}
+
+template <class Tile, int MR = Tile::rows, class... Args>
+void dot_panel_groups_rows(std::int64_t rows, const Args&... args) {
+    if constexpr (MR > 1) {
+        if (rows < MR) return dot_panel_groups_rows<Tile, MR - 1>(rows, args...);
+    }
+    dot_panel_groups<Tile, MR>(args...);
 }
 
 }  // namespace

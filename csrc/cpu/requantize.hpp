@@ -57,12 +57,37 @@ inline float round_any(float value) {
     return float_of(bits_of(kept) | (bits_of(value) & 0x80000000u));
 }
 
-inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0, std::int64_t count, PanelScales& p) {
-    const float s_in = *o.input_scale;
-    for (std::int64_t n = 0; n < kPanel; ++n) p.output[n] = 1.0f;
+// Scales of the panel's outputs and its bias.
+inline void prepare_outputs(const Output& o, std::int64_t groups, std::int64_t n0, std::int64_t count, PanelScales& p) {
+    for (std::int64_t n = 0; n < kPanel; ++n) {
+        p.output[n] = 1.0f;
+        p.bias_codes[n] = 0;
+        p.bias[n] = 0.0f;
+    }
     if (o.output_scale) {
         for (std::int64_t n = 0; n < count; ++n) p.output[n] = o.output_scale[(n0 + n) * o.output_stride];
     }
+    if (o.bias == nullptr) return;
+    for (std::int64_t n = 0; n < count; ++n) {
+        const float bias = o.bias[n0 + n];
+        if (o.output_scale && groups == 1) {
+            p.bias_codes[n] = int_from_float(round_any(bias / (*o.input_scale * o.weight_scale[n0 + n])));
+        } else {
+            p.bias[n] = bias / p.output[n];
+        }
+    }
+}
+
+inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0, std::int64_t count, PanelScales& p) {
+    prepare_outputs(o, groups, n0, count, p);
+    if (o.group_scales != nullptr) {
+        const float* r = o.group_scales + n0 * groups;
+        for (std::int64_t n = 0; n < count; n += 4) {
+            for (std::int64_t g = 0; g < groups; ++g, r += 4) std::memcpy(p.scale + g * kPanel + n, r, 4 * sizeof *r);
+        }
+        return;
+    }
+    const float s_in = *o.input_scale;
     float unit[kPanel] = {};
     for (std::int64_t g = 0; g < groups; ++g) {
         const float* weight_scale = o.weight_scale + n0 * groups + g;
@@ -74,20 +99,10 @@ inline void prepare_panel(const Output& o, std::int64_t groups, std::int64_t n0,
         // dividing by 1 changes nothing, and keeps this one loop
         for (std::int64_t n = 0; n < kPanel; ++n) p.scale[g * kPanel + n] = unit[n] / p.output[n];
     }
-    for (std::int64_t n = 0; n < kPanel; ++n) {
-        p.bias_codes[n] = 0;
-        p.bias[n] = 0.0f;
-    }
-    if (o.bias == nullptr) return;
-    for (std::int64_t n = 0; n < count; ++n) {
-        const float bias = o.bias[n0 + n];
-        if (o.output_scale && groups == 1) {
-            p.bias_codes[n] = int_from_float(round_any(bias / unit[n]));
-        } else {
-            p.bias[n] = bias / p.output[n];
-        }
-    }
 }
+
+// The total of no group: any float added to it is itself, -0 too.
+constexpr float kNothing = -0.0f;
 
 // The loops below run to a whole number of vectors; they must not have a constant length, or GCC unrolls them completely
 // before it looks for vectors.

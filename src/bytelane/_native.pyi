@@ -31,6 +31,18 @@ def requantize(
     threads: int,
     /,
 ) -> None: ...
+def group_scales(
+    isa: int,
+    weight_scale: int,
+    input_scale: int,
+    output_scale: int,
+    output_scales: int,
+    r: int,
+    n: int,
+    groups: int,
+    threads: int,
+    /,
+) -> None: ...
 
 class BoundLinear:
     def __init__(
@@ -44,6 +56,7 @@ class BoundLinear:
         output_scale: int,
         output_scales: int,
         bias: int,
+        group_scales: int,
         n: int,
         k: int,
         bits: int,
@@ -187,6 +200,7 @@ class DecoderLayer:
         output_scale: int,
         output_scales: int,
         bias: int,
+        group_scales: int,
         n: int,
         k: int,
         bits: int,

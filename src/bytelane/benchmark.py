@@ -1,10 +1,10 @@
 """One integer linear layer beside the machine's limits and its peers, all in one run.
 
-Every result is a ratio inside the run. Rounds go through all contenders, starting with another of them each time, so
-that all see the same machine. Weights rotate through enough copies that no cache holds one until its turn comes again.
-The limit of a layer is the slower of
+Every result is a ratio inside the run. Rounds go through all contenders, each in an order of its own, so that all see
+the same machine and none always follows the same other one, whose traces are in the caches. Weights rotate through
+enough copies that no cache holds one until its turn comes again. The limit of a layer is the slower of
 
-    read    its packed bytes over the bandwidth of reading memory, measured in the same rounds
+    read    its packed bytes and weight scales over the bandwidth of reading memory, measured in the same rounds
     dot     its multiply-adds over the rate of the widest tile on operands that stay in the first-level cache
 
 Peers that are installed run beside it (benchmark_peers.py), each with threads of its own that go on spinning for some
@@ -19,22 +19,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bytelane.benchmark_peers import ANY_WIDTH, COLD_BYTES, Layer, Peers, Timed, rotate, timed
-from bytelane.dispatch import machine, select
+from bytelane.benchmark_peers import ANY_WIDTH, COLD_BYTES, Layer, Peers, Timed, copies, rotate, timed
+from bytelane.dispatch import Kernel, machine, select
 from bytelane.kernels import cpu
 from bytelane.memory import streamed_empty
-from bytelane.scheme import row_bytes
 
 READ_BYTES = 32 << 20
 
@@ -130,7 +131,7 @@ def call_overhead() -> float:
 def measure(
     calls: Mapping[str, Timed], budget: float, *, most: int = MOST_ROUNDS, pause: float = PAUSE
 ) -> dict[str, list[float | None]]:
-    """Let contenders take turns, each round beginning with another of them.
+    """Let contenders take turns, in rounds; the order of each round is drawn, the same in every run.
 
     Args:
         calls: the contenders; a turn is a pause, a call that does not count, and one that does.
@@ -144,8 +145,9 @@ def measure(
     """
     share = budget / len(calls)
     spent, times = dict.fromkeys(calls, 0.0), {name: list[float | None]() for name in calls}
-    order = list(calls)
+    order, draw = list(calls), random.Random(0)
     for turn in range(most):
+        draw.shuffle(order)
         running = {name for name in order if turn < min(FEWEST_ROUNDS, most) or spent[name] < share}
         if not running:
             break
@@ -157,7 +159,6 @@ def measure(
             warm, took = calls[name](), calls[name]()
             times[name].append(took)
             spent[name] += pause + warm + took
-        order.append(order.pop(0))
     return times
 
 
@@ -199,7 +200,6 @@ def run_layer(
     pool = streamed_empty((max(COLD_BYTES, 2 * k * n),), torch.uint8)
     pool.random_(0, 64)  # as bfloat16, small numbers and never a NaN
     x = torch.randn(m, k).to(torch.bfloat16)
-    weight_scale = torch.full((n, k // group_size if group_size else 1), 0.01)
     s_in, s_out = torch.tensor(0.02), torch.tensor(0.05)
     reads = rotate(pool, READ_BYTES)
     calls: dict[str, Timed] = {"read": timed(lambda: cpu.read_all(next(reads), isa=limits.isa))}
@@ -209,13 +209,8 @@ def run_layer(
             layer = Layer(k, n, m, b, group_size)
             kernel = select("linear", "cpu", x.dtype, b, group_size, m)
             kernels[b] = kernel.name
-            weights = rotate(pool, layer.weight_bytes)
-
-            def run(b: int = b, kernel: Any = kernel, weights: Iterator[Tensor] = weights) -> object:
-                w = next(weights).view(n, row_bytes(k, b))
-                return kernel.run(x, w, weight_scale, s_in, s_out, None, b, group_size)
-
-            calls[f"w{b}"] = timed(run)
+            turn = cycle(_layers(kernel, layer, x, pool, s_in, s_out))
+            calls[f"w{b}"] = timed(lambda turn=turn: next(turn)(x))  # type: ignore[misc]
             for name in peers.wanted:
                 key = _key(name, b)
                 if key not in calls and (made := peers.make(name, layer, x, pool)) is not None:
@@ -225,7 +220,8 @@ def run_layer(
     results = []
     for b in bits:
         own = times[f"w{b}"]
-        read, dot = n * row_bytes(k, b) / bandwidth, m * n * k / limits.dot_rate[b]
+        read = Layer(k, n, m, b, group_size).read_bytes / bandwidth
+        dot = m * n * k / limits.dot_rate[b]
         beside = {name: times[_key(name, b)] for name in peers.wanted if _key(name, b) in times}
         results.append(
             Result(
@@ -244,6 +240,23 @@ def run_layer(
             )
         )
     return results
+
+
+def _layers(
+    kernel: Kernel, layer: Layer, x: Tensor, pool: Tensor, s_in: Tensor, s_out: Tensor
+) -> list[Callable[[Tensor], Tensor]]:
+    """The layer over each slice of a pool in turn, called as `QuantLinear` calls it; scales of groups rotate too."""
+    weights = rotate(pool, layer.weight_bytes)
+    count = copies(layer.read_bytes, layer.m) if layer.group_size else pool.numel() // layer.weight_bytes
+    scale = streamed_empty((layer.n, layer.groups), torch.float32).fill_(0.01)
+    made: list[Callable[[Tensor], Tensor]] = []
+    for w in islice(weights, count):
+        arguments = (w.view(layer.n, -1), scale, s_in, s_out, None, layer.bits, layer.group_size)
+        if kernel.bind is None:
+            made.append(lambda x, arguments=arguments: kernel.run(x, *arguments))  # type: ignore[misc]
+        else:
+            made.append(kernel.bind(x.dtype, layer.k, *arguments))
+    return made
 
 
 def _key(peer: str, bits: int) -> str:

@@ -68,6 +68,16 @@ class Layer:
         """Bytes of the packed weight."""
         return self.n * row_bytes(self.k, self.bits)
 
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.k // self.group_size if self.group_size else 1
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a call must read: the weight, and 4 a scale."""
+        return self.weight_bytes + 4 * self.n * self.groups
+
 
 def timed(call: Callable[[], object]) -> Timed:
     """A call with its clock."""

@@ -75,6 +75,7 @@ class Kernel:
         isa: the instruction set it needs; None for any.
         bits: the widths it takes.
         group_bits: the packed bits of a group must be a multiple of this; 1 for any group.
+        part_bits: packed bits of a group that it takes beside those.
         dtypes: the activation dtypes it takes.
         min_rows: the fewest rows it takes.
         max_rows: the most rows it takes; None for any number.
@@ -90,10 +91,15 @@ class Kernel:
     isa: str | None = None
     bits: frozenset[int] = ALL_BITS
     group_bits: int = 1
+    part_bits: frozenset[int] = frozenset()
     dtypes: frozenset[torch.dtype] = FLOATS
     min_rows: int = 0
     max_rows: int | None = None
     bind: Callable[..., cpu.BoundLinear] | None = None
+
+    def takes_group(self, bits: int) -> bool:
+        """Whether it takes groups of so many packed bits."""
+        return bits % self.group_bits == 0 or bits in self.part_bits
 
     def refusal(self, problem: Problem, machine: Machine) -> str | None:
         """Why this kernel does not take the problem; None when it does."""
@@ -103,8 +109,9 @@ class Kernel:
             return f"needs {self.isa}, available here: {', '.join(machine.isas) or 'none'}"
         if problem.num_bits not in self.bits:
             return f"takes {_ranges(self.bits)} bits, this is {problem.num_bits}"
-        if problem.group_size * problem.num_bits % self.group_bits:
-            return f"takes groups of whole multiples of {self.group_bits} bits, this has {problem.group_size} codes"
+        if not self.takes_group(problem.group_size * problem.num_bits):
+            parts = "".join(f"{part}, " for part in sorted(self.part_bits))
+            return f"takes groups of {parts}{self.group_bits} bits and multiples, this has {problem.group_size} codes"
         if problem.dtype not in self.dtypes:
             return f"takes {', '.join(sorted(str(d) for d in self.dtypes))}, this is {problem.dtype}"
         if problem.rows < self.min_rows or (self.max_rows is not None and problem.rows > self.max_rows):
@@ -130,12 +137,12 @@ def _cpu_rows(isa: str) -> list[Kernel]:
         name = ".".join(part for part in ("cpu", isa, path) if part)
         return Kernel(name, op, run, about, device="cpu", isa=isa, **limits)
 
-    packed = frozenset(cpu.PACKED_BITS)
+    packed = {"bits": frozenset(cpu.PACKED_BITS), "group_bits": cpu.GROUP_BITS, "part_bits": cpu.PART_BITS}
     rows = []
     for op, function in (("linear", cpu.linear), ("accumulate", cpu.accumulate)):
         dtypes = FLOATS if op == "linear" else _CODES
         for path, about, limits in (
-            ("packed", "reads packed codes straight from the rows", {"bits": packed, "group_bits": cpu.GROUP_BITS}),
+            ("packed", "reads packed codes straight from the rows", packed),
             ("unpacked", "unpacks a block of rows to bytes, then dots bytes", {}),
         ):
             run = functools.partial(function, isa=isa, path=path)

@@ -37,7 +37,6 @@ from bytelane.errors import (
     UnsupportedFormatError,
 )
 from bytelane.layers import QuantEmbedding, QuantLinear
-from bytelane.memory import streamed
 from bytelane.overrides import Overrides, OverridesSource, ScaleOverride, round_layer
 from bytelane.scheme import Kind, Numerics
 from bytelane.shipped import SHIPPED_NAME, shipped_model
@@ -396,7 +395,7 @@ def _layer(
         )
     input_scale, output_scale = override.sides(tensors.input_scale, tensors.output_scale)
     return QuantLinear(
-        streamed(tensors.rows).to(device),
+        tensors.rows.to(device),
         tensors.weight_scale.to(device),
         in_features=module.shape[1],
         num_bits=weight.num_bits,

@@ -70,9 +70,9 @@ def accumulators(out: Writer, rng, bits: int) -> None:
         for m, n in ((1, 17), (2, 1), (5, 66), (13, 66)):
             case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k), group_size)
     if 128 % bits == 0:
-        for units in (1, 2, 3, 4, 6, 8):
-            size = units * 128 // bits
-            for m, n, groups in ((1, 66, 3), (2, 5, 2), (13, 7, 5)):
+        for group_bits in (64, 128, 256, 384, 512, 1024):
+            size = group_bits // bits
+            for m, n, groups in ((1, 66, 3), (2, 5, 2), (7, 6, 9), (13, 7, 5)):
                 case(codes_of(rng, 8, m, size * groups), codes_of(rng, bits, n, size * groups), size)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     for k in (1, 33, 100, 6144, 131072):

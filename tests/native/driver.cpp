@@ -97,7 +97,8 @@ bool next(std::FILE* f, Case& c) {
 
 Dtype dtype_of(std::int64_t code) { return static_cast<Dtype>(code); }
 
-void matmul(const Kernels& k, const Case& c, Path path, int threads, void* out) {
+// `kept`: with the scales of groups made once, as a layer does.
+void matmul(const Kernels& k, const Case& c, Path path, int threads, bool kept, void* out) {
     Matmul a = {};
     a.w = c.in[1].as<std::uint8_t>();
     a.m = c.p[0], a.n = c.p[1], a.k = c.p[2], a.bits = static_cast<int>(c.p[3]), a.group_size = c.p[4];
@@ -108,7 +109,14 @@ void matmul(const Kernels& k, const Case& c, Path path, int threads, void* out) 
     } else {
         a.x = c.in[0].as<void>();
         a.output = {c.in[2].as<float>(), c.in[3].as<float>(), c.in[4].as<float>(), c.p[6], c.in[5].as<float>(), out,
-                    dtype_of(c.p[5])};
+                    dtype_of(c.p[5]), nullptr};
+    }
+    std::vector<float> scales;
+    if (kept) {
+        const std::int64_t groups = a.k / a.group_size;
+        scales.resize((a.n + 3) / 4 * 4 * groups);
+        k.group_scales({a.output, a.n, groups, scales.data(), threads});
+        a.output.group_scales = scales.data();
     }
     k.matmul(a);
 }
@@ -125,7 +133,7 @@ void run(const Kernels& k, const Case& c, int threads, void* out) {
         case Op::requantize:
             return k.requantize({in[0].as<std::int32_t>(),
                                  {in[1].as<float>(), in[2].as<float>(), in[3].as<float>(), 0, in[4].as<float>(), out,
-                                  dtype_of(p[3])},
+                                  dtype_of(p[3]), nullptr},
                                  p[0], p[1], p[2], threads});
         case Op::norm:
             return k.norm_rows({in[0].as<void>(), p[1], {in[1].as<float>(), *in[4].as<float>(), p[3] != 0},
@@ -246,10 +254,18 @@ int main(int argc, char** argv) {
                     continue;
                 }
                 const std::int64_t bits = c.p[3], group = c.p[4];
-                if ((bits == 2 || bits == 4 || bits == 8) && group * bits % (8 * kGroupBytes) == 0) {
-                    check(threads, " packed", [&](void* out) { matmul(*k, c, Path::packed, threads, out); });
+                const std::int64_t whole = 8 * kGroupBytes, size = group * bits;
+                const bool packed = (bits == 2 || bits == 4 || bits == 8) &&
+                                    (size % whole == 0 || size * 2 == whole || size * 4 == whole || size * 8 == whole);
+                if (packed) {
+                    check(threads, " packed", [&](void* out) { matmul(*k, c, Path::packed, threads, false, out); });
                 }
-                check(threads, " unpacked", [&](void* out) { matmul(*k, c, Path::unpacked, threads, out); });
+                check(threads, " unpacked", [&](void* out) { matmul(*k, c, Path::unpacked, threads, false, out); });
+                if (c.op == Op::linear && group > 0 && group < c.p[2]) {
+                    check(threads, " kept", [&](void* out) {
+                        matmul(*k, c, packed ? Path::packed : Path::unpacked, threads, true, out);
+                    });
+                }
             }
         }
     }

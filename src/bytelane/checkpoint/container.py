@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from bytelane.errors import (
     TensorDtypeError,
     TruncatedFileError,
 )
+from bytelane.memory import streamed_empty
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -47,6 +50,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 _MAX_HEADER_BYTES = 100_000_000
 """The longest header the safetensors format allows."""
+
+_READ_BYTES = 1 << 20
+"""Fewer bytes than this are not worth a thread."""
 
 MAX_JSON_BYTES = _MAX_HEADER_BYTES
 """The longest configuration or index that is read: a parser takes some twenty times a file's size in memory."""
@@ -143,6 +149,16 @@ def _diagnose(file: Path, cause: SafetensorError) -> FileFormatError:
     if 8 + length + end < size:
         return OverlappingTensorsError(f"{size - 8 - length - end} bytes after the last tensor", file=file)
     return FileFormatError(f"refused by safetensors: {cause}", file=file)
+
+
+def _read_into(file: Path, begin: int, data: Tensor) -> int:
+    """Fill a tensor of bytes from a place in a file; how many there were."""
+    left = data.numpy().data
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(begin)
+        while len(left) and (count := stream.readinto(left)):
+            left = left[count:]
+    return data.numel() - len(left)
 
 
 class TensorFiles:
@@ -262,15 +278,24 @@ class TensorFiles:
         """A tensor in memory of its own, read past the memory map.
 
         Pages that are copied out of a map stay resident beside the copy for as long as any tensor of the file is in
-        use; read this way, they are in memory once.
+        use; read this way, they are in memory once. Large tensors are read by as many threads as torch has, into memory
+        for streaming (see `bytelane.memory`).
         """
         info, file = self.infos[name], self.path(name)
-        data = torch.empty(self.nbytes(name), dtype=torch.uint8, device="cpu")
-        with file.open("rb") as stream:
-            stream.seek(self._begins(info.file)[name])
-            done = stream.readinto(data.numpy().data)
-        if done != data.numel():
-            raise TruncatedFileError(f"{data.numel()} bytes were to be read, {done} are there", file=file, tensor=name)
+        data = streamed_empty((self.nbytes(name),), torch.uint8)
+        begin, size = self._begins(info.file)[name], data.numel()
+        parts = max(1, min(torch.get_num_threads(), size // _READ_BYTES))
+        bounds = [size * i // parts for i in range(parts + 1)]
+        if parts == 1:
+            done = _read_into(file, begin, data)
+        else:
+            with ThreadPoolExecutor(parts) as pool:
+                reads = [
+                    pool.submit(_read_into, file, begin + start, data[start:stop]) for start, stop in pairwise(bounds)
+                ]
+                done = sum(read.result() for read in reads)
+        if done != size:
+            raise TruncatedFileError(f"{size} bytes were to be read, {done} are there", file=file, tensor=name)
         return data.view(DTYPES[info.dtype]).reshape(info.shape)
 
     def _begins(self, shard: str) -> dict[str, int]:

@@ -36,6 +36,7 @@ from bytelane.errors import (
     UnknownMethodError,
     WeightShapeError,
 )
+from bytelane.memory import streamed
 from bytelane.packing import stored_shape
 from bytelane.scheme import EmbeddingScheme, Kind, LinearScheme, Storage, WeightScheme
 from bytelane.validation import activation_scale, check_full_length_rows, check_integer_form, weight_scales
@@ -166,7 +167,7 @@ class Checkpoint:
 
         Args:
             name: a key of `modules`.
-            copy: give rows and scales memory of their own, without touching the map.
+            copy: give rows and scales memory of their own, for streaming, without touching the map.
 
         Returns:
             rows uint8 `[out, ceil(in * N / 8)]`, weight scales `[out, groups]` in the stored dtype, activation scales
@@ -182,7 +183,9 @@ class Checkpoint:
         bias = None if layout.bias is None else self._files.tensor(layout.bias)
         with _located(self._files.path(layout.weight), name):
             stored = self._files.copy(layout.weight) if copy else self._files.tensor(layout.weight)
-            rows = read_rows(stored, layout)
+            rows = read_rows(stored, layout, owned=copy)
+            if copy and rows.data_ptr() != stored.data_ptr():
+                rows = streamed(rows)
             if layout.kind is Kind.LINEAR:
                 check_full_length_rows(rows, layout.num_bits, layout.shape[1])
                 check_integer_form(

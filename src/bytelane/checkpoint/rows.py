@@ -26,8 +26,13 @@ def clear_padding(rows: Tensor, num_bits: int, in_features: int) -> Tensor:
     return cleared
 
 
-def read_rows(stored: Tensor, layout: ModuleLayout) -> Tensor:
+def read_rows(stored: Tensor, layout: ModuleLayout, *, owned: bool = False) -> Tensor:
     """Stored codes as canonical rows; a view wherever the bytes are the same.
+
+    Args:
+        stored: the tensor of codes.
+        layout: of its module.
+        owned: nobody else reads `stored`, so it may become the rows.
 
     Raises:
         CodeRangeError: int8 codes that do not fit N bits.
@@ -37,6 +42,8 @@ def read_rows(stored: Tensor, layout: ModuleLayout) -> Tensor:
     if layout.storage is Storage.PACK_QUANTIZED:
         return clear_padding(rows_from_int32(stored, bits, columns), bits, columns)
     if stored.dtype == torch.int8:
+        if owned and bits == 8:
+            return stored.view(torch.uint8).bitwise_xor_(0x80)
         return rows_from_int8(stored, bits)
     return clear_padding(stored, bits, columns)
 

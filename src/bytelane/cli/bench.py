@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,9 @@ def linear(
         str | None, typer.Option(help=f"Rows of activations (M), with commas; {ROWS} if not given.")
     ] = None,
     bits: Annotated[str, typer.Option(help="Weight widths, with commas.")] = "2,4,8",
-    group_size: Annotated[int, typer.Option(min=0, help="Inputs per weight scale; 0: one scale per channel.")] = 0,
+    group_size: Annotated[
+        str, typer.Option(help="Inputs per weight scale, with commas; 0: one scale per channel.")
+    ] = "0",
     peers: Annotated[
         str, typer.Option(help="With commas, of bfloat16, onednn, xnnpack, onnxruntime, emulation, vllm; or `none`.")
     ] = "bfloat16,onednn,xnnpack,onnxruntime,emulation,vllm",
@@ -96,7 +99,8 @@ def linear(
         raise typer.BadParameter(f"no such file: {vllm_python}", param_hint="--vllm-python")
     shapes = shapes or (QUICK_SHAPES if quick else SHAPES)
     sizes = _shapes(shapes)
-    if any(group_size and k % group_size for k, _ in sizes):
+    groups = _numbers(group_size, "--group-size", low=0, high=131072)
+    if any(group and k % group for k, _ in sizes for group in groups):
         raise typer.BadParameter(f"{group_size} must divide the inputs of {shapes}", param_hint="--group-size")
     scaling = benchmark.measure_scaling(machine().isas[0], widths, quick=quick)
     overhead = benchmark.call_overhead()
@@ -104,9 +108,9 @@ def linear(
     most = 2 if quick else benchmark.MOST_ROUNDS
     with Peers(wanted, vllm_python) as beside:
         for k, n in sizes:
-            for m in counts:
+            for m, group in product(counts, groups):
                 results += benchmark.run_layer(
-                    k, n, m, widths, scaling[-1], group_size=group_size, seconds=seconds, most=most, peers=beside
+                    k, n, m, widths, scaling[-1], group_size=group, seconds=seconds, most=most, peers=beside
                 )
     if not json_output:
         _print_limits(scaling, overhead)
@@ -128,12 +132,13 @@ def _print_limits(scaling: list[Limits], overhead: float) -> None:
 
 
 def _print_results(results: list[Result], wanted: tuple[str, ...]) -> None:
-    columns = ["in x out", "M", "bits", "us", "GB/s", "GMAC/s", "% of limit", "bound", *wanted]
+    columns = ["in x out", "M", "bits", "group", "us", "GB/s", "GMAC/s", "% of limit", "bound", *wanted]
     cells = [
         (
             f"{r.in_features}x{r.out_features}",
             r.rows,
             r.bits,
+            r.group_size or "-",
             f"{r.seconds * 1e6:.0f}",
             f"{r.limit_seconds / r.seconds * r.bandwidth / 1e9:.1f}" if r.bound == "read" else "",
             f"{r.rows * r.in_features * r.out_features / r.seconds / 1e9:.0f}",

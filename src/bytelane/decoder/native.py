@@ -11,7 +11,7 @@ from bytelane import _native
 from bytelane.decoder.merge import Merged, merge
 from bytelane.decoder.parts import LinearPart, NormPart, NotSupportedError, Parts
 from bytelane.dispatch import machine, select
-from bytelane.kernels.cpu import dtype_code, isa_code, path_code
+from bytelane.kernels.cpu import dtype_code, group_scales, isa_code, path_code
 from bytelane.kernels.float_ops import ACTIVATIONS
 from bytelane.layers import QuantLinear
 from bytelane.scheme import Numerics
@@ -34,15 +34,21 @@ class NativeLayer:
         self._places = [(part.owner._modules, part.name) for part in parts]
         self._modules = [_linear(part) for part in parts]
         self._rows = [id(module.packed) for module in self._modules]
+        self._grouped = [m for m in self._modules if m.group_size and not m.weight_scale.is_inference()]
+        self._versions = [module.weight_scale._version for module in self._grouped]
         self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def current(self) -> bool:
-        """Whether every projection is the module it was, with the same rows, integer, and watched by nobody."""
+        """Whether every projection is the module it was, with the same rows, integer, and watched by nobody.
+
+        What was computed of group scales must be still true, too.
+        """
         # asked by every layer of every token: lists compare by identity first, and `any` runs over dictionaries
         return (
             not any(self._hooks)
             and [modules[name] for modules, name in self._places] == self._modules
             and [id(module._buffers["packed"]) for module in self._modules] == self._rows
+            and [module.weight_scale._version for module in self._grouped] == self._versions
             and all(module.numerics is Numerics.INTEGER for module in self._modules)
         )
 
@@ -145,9 +151,14 @@ def _add(made: NativeLayer, dtype: torch.dtype, role: str, merged: Merged) -> No
     path = getattr(kernel.run, "keywords", {}).get("path")
     if path is None:
         raise NotSupportedError(f"its kernel is {kernel.name}, which is not native")
-    scales = 0 if merged.output_scale is None else merged.output_scale.numel()
+    scales, kept = 0 if merged.output_scale is None else merged.output_scale.numel(), 0
+    if group_size and not merged.weight_scale.is_inference():
+        made.held.append(
+            group_scales(merged.weight_scale, merged.input_scale, merged.output_scale, isa=machine().isas[0])
+        )
+        kept = made.held[-1].data_ptr()
     made.run.integer(
-        role, path_code(path), w, weight_scale, input_scale, output_scale, scales, bias, *shape, group_size
+        role, path_code(path), w, weight_scale, input_scale, output_scale, scales, bias, kept, *shape, group_size
     )
 
 

@@ -1,8 +1,8 @@
 """The native CPU kernels on torch tensors: checks, the output tensor, addresses.
 
 `isa` is one of `supported_isas()`; `path` is `"packed"`, which dots the canonical rows in place (2, 4 or 8 bits, one
-scale per output channel or groups of whole multiples of 16 bytes), or `"unpacked"`, which first spreads a few rows to
-bytes (any width, any groups). Whatever the choice, the thread count and M, the results are the bits of
+scale per output channel or groups of 8, 16, 32 or whole multiples of 64 bytes), or `"unpacked"`, which first spreads a
+few rows to bytes (any width, any groups). Whatever the choice, the thread count and M, the results are the bits of
 `bytelane.numerics`; `linear_weight_only` alone may differ from it in the last place, and is the same bits whatever the
 choice all the same.
 
@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from bytelane import _native
+from bytelane.memory import streamed_empty
 
 PACKED_BITS = (2, 4, 8)
 """The widths of the packed path."""
 
-GROUP_BITS = 128
-"""A group of the packed path is a whole multiple of this many bits."""
+GROUP_BITS = 512
+"""A group of the packed path is a whole multiple of this many bits,"""
+
+PART_BITS = frozenset({64, 128, 256})
+"""or this many."""
 
 PATHS = MappingProxyType({"packed": 0, "unpacked": 1})
 _DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
@@ -178,17 +182,56 @@ def requantize(
     return y
 
 
+def group_scales(weight_scale: Tensor, input_scale: Tensor, output_scale: Tensor | None, *, isa: str) -> Tensor:
+    """What a layer with several groups multiplies its accumulators by, `r[n,g]`, in the order the kernels read it.
+
+    Depends on the scales alone; `linear` makes it in every call that is not given it.
+
+    Args:
+        weight_scale: float32 `[out, groups]`.
+        input_scale: float32, one element.
+        output_scale: float32, one element or `[out]`, or None.
+        isa: as everywhere here.
+
+    Returns:
+        float32 `[ceil(out / 4), groups, 4]`, 0 past the last channel: as many bytes as `weight_scale` has.
+    """
+    n, groups = weight_scale.shape
+    outputs = _output_scales(output_scale, n)
+    r = streamed_empty(((n + 3) // 4, groups, 4), torch.float32)
+    _native.group_scales(
+        isa_code(isa),
+        _address(weight_scale, torch.float32, n * groups, "weight_scale"),
+        _scale_address(input_scale, "input_scale"),
+        0 if output_scale is None else _address(output_scale, torch.float32, outputs, "output_scale"),
+        outputs,
+        r.data_ptr(),
+        n,
+        groups,
+        torch.get_num_threads(),
+    )
+    return r
+
+
+def _versions(*scales: Tensor | None) -> tuple[int, ...]:
+    """Counts of the changes made in place; torch counts none for a tensor made in inference mode."""
+    return tuple(s._version for s in scales if s is not None and not s.is_inference())
+
+
 class BoundLinear:
     """`linear` with everything but the activations checked once, which costs more than a small layer takes.
 
     A call allocates the output and little else. The bound tensors are held, so their memory stays; whether they are
     still what a caller means, and where they were, `holds` says.
 
+    A layer with several groups keeps its `group_scales`: 4 bytes a group beside the weight scales. Scales made in
+    inference mode may change unseen, so there every call computes them.
+
     Attributes:
         dtype: of the activations it takes.
     """
 
-    __slots__ = ("_addresses", "_in_features", "_out_features", "_run", "_tensors", "dtype")
+    __slots__ = ("_addresses", "_in_features", "_kept", "_made_of", "_out_features", "_run", "_tensors", "dtype")
 
     def __init__(
         self,
@@ -204,8 +247,23 @@ class BoundLinear:
         *,
         isa: str,
         path: str,
+        keep: bool = True,
     ) -> None:
         """Check the tensors.
+
+        Args:
+            dtype: of the activations.
+            in_features: K.
+            weight: canonical rows; this and what follows as for `linear`.
+            weight_scale: see there.
+            input_scale: see there.
+            output_scale: see there.
+            bias: see there.
+            num_bits: see there.
+            group_size: see there.
+            isa: see there.
+            path: see there.
+            keep: keep what can be computed once; for a single call it is not worth it.
 
         Raises:
             ValueError: one does not fit.
@@ -222,6 +280,10 @@ class BoundLinear:
         )
         self._tensors = (weight, weight_scale, input_scale, output_scale, bias)
         self._in_features, self._out_features, self.dtype = in_features, n, dtype
+        self._kept: Tensor | None = None
+        self._made_of = _versions(weight_scale, input_scale, output_scale)
+        if keep and groups > 1 and len(self._made_of) == 3 - (output_scale is None):
+            self._kept = group_scales(weight_scale.view(n, groups), input_scale, output_scale, isa=isa)
         self._run = _native.BoundLinear(
             isa_code(isa),
             path_code(path),
@@ -229,6 +291,7 @@ class BoundLinear:
             *self._addresses[:4],
             outputs,
             self._addresses[4],
+            0 if self._kept is None else self._kept.data_ptr(),
             n,
             in_features,
             num_bits,
@@ -243,7 +306,10 @@ class BoundLinear:
         output_scale: Tensor | None,
         bias: Tensor | None,
     ) -> bool:
-        """Whether these are the bound tensors, and their memory is where it was (`share_memory_` moves it)."""
+        """Whether these are the bound tensors, and nothing that was taken from them has changed.
+
+        `share_memory_` moves their memory; a change in place makes what was computed of the scales of groups untrue.
+        """
         own, at = self._tensors, self._addresses
         return (
             weight is own[0]
@@ -256,6 +322,7 @@ class BoundLinear:
             and own[2].data_ptr() == at[2]
             and (output_scale is None or output_scale.data_ptr() == at[3])
             and (bias is None or bias.data_ptr() == at[4])
+            and (self._kept is None or self._made_of == _versions(own[1], own[2], output_scale))
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -291,7 +358,7 @@ def linear(
 ) -> Tensor:
     """See `numerics.linear_integer`; `weight` are canonical rows."""
     tensors = (weight, weight_scale, input_scale, output_scale, bias)
-    return BoundLinear(x.dtype, x.shape[-1], *tensors, num_bits, group_size, isa=isa, path=path)(x)
+    return BoundLinear(x.dtype, x.shape[-1], *tensors, num_bits, group_size, isa=isa, path=path, keep=False)(x)
 
 
 def linear_weight_only(

@@ -43,7 +43,7 @@ class Plan:
     threads: int
 
 
-def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int) -> Plan:
+def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int, group_size: int = 0) -> Plan:
     """How the native integer linear cuts `[m, k] x [n, k]` up.
 
     Args:
@@ -53,6 +53,7 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int)
         m: rows of activations.
         bits: width of the weights.
         threads: that may be used.
+        group_size: inputs per weight scale; 0 for one scale per channel.
     """
     packed = kernel.name.endswith(".packed")
     if m >= (PANEL_ROWS if packed and bits < 8 else PANEL_ROWS * 3 // 2):
@@ -67,11 +68,13 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int)
         panel //= 2
     while panel > MAX_TILE * 2 and n < panel * 4 * threads and threads > 1:
         panel //= 2
-    tile = -(-m // -(-m // MAX_TILE))
     how = "dotted as they lie" if packed else "spread to bytes on the way"
-    return Plan(
-        f"{panel} channels x {tile} row{'s' * (tile > 1)} a tile, codes {how}", max(1, min(threads, -(-n // panel)))
-    )
+    if group_size and group_size < k:
+        channels, tile = f"{panel} channels, four of them", min(m, MAX_TILE)
+        how = f"{how}, {k // group_size} groups"
+    else:
+        channels, tile = f"{panel} channels", -(-m // -(-m // MAX_TILE))
+    return Plan(f"{channels} x {tile} row{'s' * (tile > 1)} a tile, codes {how}", max(1, min(threads, -(-n // panel))))
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def describe_layers(
             choice = explain(Problem(p.op, device, dtype, weight.num_bits, group, m))
             n, k = p.module.shape
             native = choice.kernel.device == "cpu" and p.op == "linear"
-            plan = plan_linear(choice.kernel, k, n, m, weight.num_bits, threads) if native else None
+            plan = plan_linear(choice.kernel, k, n, m, weight.num_bits, threads, group) if native else None
             layers.append(
                 {
                     "name": p.name,

@@ -97,7 +97,7 @@ class _Maker:
 
     def shapes(self, bits: int) -> Iterator[tuple[int, int, int, int]]:
         yield from ((m, n, k, 0) for m, n, k in SHAPES)
-        yield from (shape for shape in GROUPED if shape[3] * bits % self.kernel.group_bits == 0)
+        yield from (shape for shape in GROUPED if self.kernel.takes_group(shape[3] * bits))
 
 
 def _quantize(make: _Maker) -> Iterator[_Case]:
