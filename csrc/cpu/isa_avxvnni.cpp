@@ -89,6 +89,7 @@ struct AvxVnni : Avx2 {
     using Narrow = AvxVnniNarrow;
 
     static constexpr int sums = 8;
+    static constexpr int quad_rows = 2;
 
     template <int Bits>
     struct Dot : VnniDot<Avx2, Bits> {};
