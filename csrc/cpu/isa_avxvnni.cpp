@@ -90,6 +90,7 @@ struct AvxVnni : Avx2 {
 
     static constexpr int sums = 8;
     static constexpr int quad_rows = 2;
+    static constexpr int most_quad_rows = 0;
 
     template <int Bits>
     struct Dot : VnniDot<Avx2, Bits> {};

@@ -1,4 +1,6 @@
-// The driver for some activation rows, from 2 to a few dozen: canonical rows in place, four of them side by side.
+// The driver for some activation rows, from 2 to a few dozen: canonical rows in place, four of them side by side. Where an
+// instruction set's registers hold a tall tile (`quad_rows`), it is the best up to `most_quad_rows` of them; elsewhere as
+// long as a panel is not worth transposing.
 //
 //     for a block of activation rows          as many as stay in the second-level cache
 //       quantize and arrange them             every thread for itself, or together where that would be dear
@@ -32,6 +34,7 @@ namespace bytelane::cpu {
 namespace {
 
 constexpr std::int64_t kQuad = 4;
+constexpr std::int64_t kSerialBytes = 48 << 10;              // less weight than this is not worth waking a thread
 constexpr std::int64_t kPartActivations = 2048;          // bytes of a row's part
 constexpr std::int64_t kQuadActivations = 384 << 10;     // bytes of a block of rows
 constexpr std::int64_t kAheadBytes = 16 << 10;           // how far ahead memory is asked for, at least
@@ -139,7 +142,9 @@ class QuadDriver {
         parts_ = larger(1, ceil_div(blocks_ * L::block_bytes, kPartActivations));
         part_blocks_ = ceil_div(blocks_, parts_);
         m_block_ = smaller(a_.m, larger(Isa::quad_rows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
-        threads_ = static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
+        const bool serial = row_bytes_ * a_.n * a_.m < kSerialBytes;
+        threads_ = serial ? 1 : static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
+        ahead_ = larger(kAheadBytes, kQuad * row_bytes_);
         own_ = threads_ == 1 || a_.n >= kOwnChannels * threads_;
     }
 
@@ -151,6 +156,13 @@ class QuadDriver {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
             {
+                // a team may be smaller than asked for
+                const std::int64_t steps = ceil_div(a_.n, kStep), thread = omp_get_thread_num(), team = omp_get_num_threads();
+                const std::int64_t begin = steps * thread / team * kStep;
+                const std::int64_t end = smaller(a_.n, steps * (thread + 1) / team * kStep);
+                const std::uint8_t* first = a_.w + begin * row_bytes_;
+                const std::int64_t soon = smaller(ahead_, (end - begin) * row_bytes_);
+                for (std::int64_t at = 0; at < soon; at += 64) __builtin_prefetch(first + at, 0, 2);
                 Carver mine = scratch.of_this_thread();
                 Carver arranged = shared.of(0);
                 Carver& from = own_ ? mine : arranged;
@@ -163,9 +175,7 @@ class QuadDriver {
 #pragma omp for schedule(static)
                     for (std::int64_t m = 0; m < rows; ++m) load_codes(q, m, fresh);
                 }
-                // a team may be smaller than asked for
-                const std::int64_t steps = ceil_div(a_.n, kStep), thread = omp_get_thread_num(), team = omp_get_num_threads();
-                run_channels(q, steps * thread / team * kStep, smaller(a_.n, steps * (thread + 1) / team * kStep), mine);
+                run_channels(q, begin, end, mine);
             }
         }
     }
@@ -205,7 +215,7 @@ class QuadDriver {
         auto* acc = memory.take<std::int32_t>(m_block_ * kPanel);
         // the vector loops of finish_panel also read what lies between `count` and the next whole step
         std::memset(acc, 0, q.rows * kPanel * sizeof *acc);
-        const std::uint8_t* ahead = a_.w + begin * row_bytes_ + larger(kAheadBytes, kQuad * row_bytes_);
+        const std::uint8_t* ahead = a_.w + begin * row_bytes_ + ahead_;
         for (std::int64_t n0 = begin; n0 < end; n0 += kPanel) {
             const std::int64_t count = smaller(kPanel, end - n0);
             for (std::int64_t n = 0; n < count; n += kQuad) ahead = run_quad(q, n0 + n, ahead, acc + n);
@@ -260,7 +270,7 @@ class QuadDriver {
     }
 
     const Matmul& a_;
-    std::int64_t row_bytes_, blocks_, parts_, part_blocks_, m_block_;
+    std::int64_t row_bytes_, blocks_, parts_, part_blocks_, m_block_, ahead_;
     int threads_;
     bool own_;
 };
