@@ -86,7 +86,7 @@ def test_accumulators_of_ragged_shapes(isa, path, bits, k):
 @pytest.mark.parametrize(("isa", "path", "bits"), KERNELS)
 def test_accumulators_of_long_rows(isa, path, bits):
     rng = generator(bits)
-    for m, n, k in ((64, 17, 1536), (3, 70, 6144), (2, 3, 131072), (1, 0, 64)):
+    for m, n, k in ((64, 17, 1536), (3, 70, 6144), (2, 3, 131072), (1, 0, 64), (7, 1030, 130), (35, 9, 12300)):
         check_accumulate(isa, path, bits, random_codes(rng, 8, m, k), random_codes(rng, bits, n, k))
 
 

@@ -57,6 +57,8 @@ struct Avx512Vnni {
     static constexpr int vector_bytes = 64;
     static constexpr bool spreads_in_registers = kVbmi;
     static constexpr int sums = 12;
+    static constexpr int quad_rows = 6;
+    static constexpr int most_quad_rows = 64;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 4;
 
@@ -128,8 +130,9 @@ struct Avx512Vnni {
     }
 
     static void total_4(__m512i a, __m512i b, __m512i c, __m512i d, std::int32_t* out) {
-        const __m256i pairs =
-            _mm256_hadd_epi32(_mm256_hadd_epi32(fold(a), fold(b)), _mm256_hadd_epi32(fold(c), fold(d)));
+        const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        const __m256i pairs = fold(_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)));
         const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
     }

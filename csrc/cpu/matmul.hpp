@@ -26,6 +26,7 @@
 #include "groups.hpp"
 #include "kernels.hpp"
 #include "matmul_panels.hpp"
+#include "matmul_quads.hpp"
 #include "requantize.hpp"
 #include "scratch.hpp"
 #include "unpack.hpp"
@@ -35,20 +36,9 @@ namespace {
 
 constexpr std::int64_t kPanelRows = 8;                // from this many rows on a panel is worth transposing
 constexpr std::int64_t kMaxTile = 4;                  // activation rows of the tallest tile
-constexpr std::int64_t kSerialBytes = 48 << 10;       // less weight than this is not worth waking a thread
 constexpr std::int64_t kSerialActivations = 32 << 10;
 constexpr std::int64_t kTileBytes = 32 << 10;         // of weights that several tiles read
 constexpr std::int64_t kUnpackedBytes = 128 << 10;    // unpacked rows of one panel
-
-// What an instruction set that dots signed bytes takes off every code of 8 bits beforehand.
-template <class Dot>
-constexpr std::uint32_t kTaken = [] {
-    if constexpr (requires { Dot::taken; }) {
-        return Dot::taken;
-    } else {
-        return 0u;
-    }
-}();
 
 template <class Isa, int Bits, bool Unpack>
 class MatmulDriver {
@@ -292,7 +282,15 @@ template <class Isa>
 void matmul(const Matmul& args) {
     if (args.m == 0 || args.n == 0) return;
     const bool packed = args.path == Path::packed;
-    if (args.m >= (packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2)) {
+    const bool panels = args.m >= (packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2);
+    if (packed && args.group_size == 0 && args.m > 1 && (!panels || args.m <= Isa::most_quad_rows)) {
+        switch (args.bits) {
+            case 2: return QuadDriver<Isa, 2>(args).run();
+            case 4: return QuadDriver<Isa, 4>(args).run();
+            default: return QuadDriver<Isa, 8>(args).run();
+        }
+    }
+    if (panels) {
         if (args.bits == 8) return PanelDriver<Isa, typename Isa::Tile8>(args).run();
         return PanelDriver<Isa, typename Isa::Tile>(args).run();
     }

@@ -1,0 +1,279 @@
+// The driver for some activation rows, from 2 to a few dozen: canonical rows in place, four of them side by side. Where an
+// instruction set's registers hold a tall tile (`quad_rows`), it is the best up to `most_quad_rows` of them; elsewhere as
+// long as a panel is not worth transposing.
+//
+//     for a block of activation rows          as many as stay in the second-level cache
+//       quantize and arrange them             every thread for itself, or together where that would be dear
+//       for a panel of output channels        in parallel, a contiguous range for each thread
+//         for four weight rows
+//           for a part of k                   its codes and a tile's activations stay in the first-level cache
+//             for a tile of activation rows   4 x MR sums in registers, folded and added to the accumulators
+//         requantize
+//
+// A vector of weights in a register meets MR rows of activations, and one of activations four rows of weights, so the
+// loads are fewer than the multiply-adds. Four rows side by side are four streams, which a processor does not fetch ahead
+// well by itself. So memory is asked for explicitly, in the order of its addresses whatever the order of use, evenly over
+// the tiles, and far enough ahead for four whole rows.
+//
+// Activations lie part by part, so that a tile's share of a part is contiguous: rows of k a power of two apart would
+// share the few places of a cache set.
+//
+//     q      part 0: m0 m1 ... | part 1: m0 m1 ... | ...        each piece arranged as in dot.hpp
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.hpp"
+#include "dot.hpp"
+#include "kernels.hpp"
+#include "requantize.hpp"
+#include "scratch.hpp"
+
+namespace bytelane::cpu {
+namespace {
+
+constexpr std::int64_t kQuad = 4;
+constexpr std::int64_t kSerialBytes = 48 << 10;              // less weight than this is not worth waking a thread
+constexpr std::int64_t kPartActivations = 2048;          // bytes of a row's part
+constexpr std::int64_t kQuadActivations = 384 << 10;     // bytes of a block of rows
+constexpr std::int64_t kAheadBytes = 16 << 10;           // how far ahead memory is asked for, at least
+constexpr std::int64_t kOwnChannels = 512;               // of a thread, from which on it arranges all activations itself
+
+// What an instruction set that dots signed bytes takes off every code of 8 bits beforehand.
+template <class Dot>
+constexpr std::uint32_t kTaken = [] {
+    if constexpr (requires { Dot::taken; }) {
+        return Dot::taken;
+    } else {
+        return 0u;
+    }
+}();
+
+// Four weight rows from some code on: `bytes` of each are dotted, and nothing is read at or past `end`. `ahead` is where
+// memory was last asked for, `share` bytes of it with every vector.
+struct Quad {
+    const std::uint8_t* row[kQuad];
+    const std::uint8_t* end;
+    std::int64_t bytes;
+    const std::uint8_t* ahead;
+    std::int64_t share;
+};
+
+// MR rows of arranged activations against four weight rows: acc[m * kPanel + 0 .. 3] (+)= the dots.
+template <class Isa, int Bits, int MR>
+[[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, bool first,
+                                std::int32_t* acc) {
+    using L = Layout<Isa, Bits>;
+    using Dot = typename L::Dot;
+    typename Dot::Sum sum[MR][kQuad];
+    const auto each = [&](auto&& body) __attribute__((always_inline)) {
+        unroll<MR>([&](auto m) __attribute__((always_inline)) {
+            unroll<kQuad>([&](auto r) __attribute__((always_inline)) { body(sum[m.value][r.value]); });
+        });
+    };
+    const auto step = [&](auto&& load) __attribute__((always_inline)) {
+        unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
+            typename Isa::Vector u[kQuad];
+            unroll<kQuad>([&](auto r) __attribute__((always_inline)) {
+                u[r.value] = Dot::template part<part.value>(load(r));
+            });
+            unroll<MR>([&](auto m) __attribute__((always_inline)) {
+                const auto activations = Isa::load(q + m.value * q_stride + part.value * L::vector_bytes);
+                unroll<kQuad>([&](auto r) __attribute__((always_inline)) {
+                    Dot::add(sum[m.value][r.value], u[r.value], activations);
+                });
+            });
+        });
+        q += L::block_bytes;
+    };
+    each([](auto& s) __attribute__((always_inline)) { Dot::clear(s); });
+    const std::uint8_t* ahead = quad.ahead;
+    const std::int64_t whole = quad.bytes / L::weight_bytes * L::weight_bytes;
+    std::int64_t at = 0;
+    while (at != whole) {
+        std::int64_t stop = whole;
+        if constexpr (Dot::blocks_per_flush < kNeverFlush) {
+            stop = smaller(whole, at + Dot::blocks_per_flush * L::weight_bytes);
+        }
+        for (; at != stop; at += L::weight_bytes) {
+            for (std::int64_t line = 0; line < quad.share; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+            ahead += quad.share;
+            step([&](auto r) __attribute__((always_inline)) { return Dot::load(quad.row[r.value] + at); });
+        }
+        each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
+    }
+    if (const std::int64_t rest = quad.bytes - whole; rest != 0) {
+        step([&](auto r) __attribute__((always_inline)) {
+            const std::uint8_t* w = quad.row[r.value] + at;
+            return quad.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest));
+        });
+        each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
+    }
+    unroll<MR>([&](auto m) __attribute__((always_inline)) {
+        const auto& s = sum[m.value];
+        std::int32_t* out = acc + m.value * kPanel;
+        if (first) return Isa::total_4(s[0].wide, s[1].wide, s[2].wide, s[3].wide, out);
+        std::int32_t more[kQuad];
+        Isa::total_4(s[0].wide, s[1].wide, s[2].wide, s[3].wide, more);
+        for (int i = 0; i < kQuad; ++i) {
+            out[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(out[i]) + static_cast<std::uint32_t>(more[i]));
+        }
+    });
+}
+
+// The same for a number of rows known at run time, at most Isa::quad_rows.
+template <class Isa, int Bits, int MR = Isa::quad_rows, class... Args>
+void dot_quad_rows(std::int64_t rows, const Args&... args) {
+    if constexpr (MR > 1) {
+        if (rows < MR) return dot_quad_rows<Isa, Bits, MR - 1>(rows, args...);
+    }
+    dot_quad<Isa, Bits, MR>(args...);
+}
+
+template <class Isa, int Bits>
+class QuadDriver {
+    using L = Layout<Isa, Bits>;
+
+  public:
+    explicit QuadDriver(const Matmul& args) : a_(args) {
+        row_bytes_ = ceil_div(a_.k * Bits, 8);
+        blocks_ = ceil_div(a_.k, L::block_codes);
+        parts_ = larger(1, ceil_div(blocks_ * L::block_bytes, kPartActivations));
+        part_blocks_ = ceil_div(blocks_, parts_);
+        m_block_ = smaller(a_.m, larger(Isa::quad_rows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
+        const bool serial = row_bytes_ * a_.n * a_.m < kSerialBytes;
+        threads_ = serial ? 1 : static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
+        ahead_ = larger(kAheadBytes, kQuad * row_bytes_);
+        own_ = threads_ == 1 || a_.n >= kOwnChannels * threads_;
+    }
+
+    void run() const {
+        const std::int64_t codes = m_block_ * (blocks_ * L::block_bytes + 4) + 2 * Carver::alignment;
+        const Scratch shared(own_ ? 0 : codes, 1);
+        const Scratch scratch((own_ ? codes : 0) + thread_bytes(), threads_);
+        for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
+            const std::int64_t rows = smaller(m_block_, a_.m - m0);
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+            {
+                // a team may be smaller than asked for
+                const std::int64_t steps = ceil_div(a_.n, kStep), thread = omp_get_thread_num(), team = omp_get_num_threads();
+                const std::int64_t begin = steps * thread / team * kStep;
+                const std::int64_t end = smaller(a_.n, steps * (thread + 1) / team * kStep);
+                const std::uint8_t* first = a_.w + begin * row_bytes_;
+                const std::int64_t soon = smaller(ahead_, (end - begin) * row_bytes_);
+                for (std::int64_t at = 0; at < soon; at += 64) __builtin_prefetch(first + at, 0, 2);
+                Carver mine = scratch.of_this_thread();
+                Carver arranged = shared.of(0);
+                Carver& from = own_ ? mine : arranged;
+                const Activations q{from.template take<std::uint8_t>(m_block_ * blocks_ * L::block_bytes),
+                                    from.template take<std::int32_t>(m_block_), m0, rows};
+                auto* fresh = mine.template take<std::int8_t>(a_.k);
+                if (own_) {
+                    for (std::int64_t m = 0; m < rows; ++m) load_codes(q, m, fresh);
+                } else {
+#pragma omp for schedule(static)
+                    for (std::int64_t m = 0; m < rows; ++m) load_codes(q, m, fresh);
+                }
+                run_channels(q, begin, end, mine);
+            }
+        }
+    }
+
+  private:
+    // Rows `m0 .. m0 + rows`, arranged, and the sums of their codes.
+    struct Activations {
+        std::uint8_t* codes;
+        std::int32_t* sums;
+        std::int64_t m0, rows;
+    };
+
+    std::int64_t thread_bytes() const {
+        return a_.k + panel_scales_bytes(1) + m_block_ * kPanel * 4 + 8 * Carver::alignment;
+    }
+
+    std::int64_t blocks_of(std::int64_t part) const { return smaller(part_blocks_, blocks_ - part * part_blocks_); }
+
+    void load_codes(const Activations& q, std::int64_t m, std::int8_t* fresh) const {
+        const std::int8_t* codes = a_.codes + (q.m0 + m) * a_.k;
+        if (a_.codes == nullptr) {
+            const Dtype dtype = a_.output.dtype;
+            const auto* x = static_cast<const std::uint8_t*>(a_.x) + (q.m0 + m) * a_.k * element_bytes(dtype);
+            quantize_span<Isa>(x, dtype, a_.k, 1.0f / *a_.output.input_scale, fresh);
+            codes = fresh;
+        }
+        q.sums[m] = 0;
+        for (std::int64_t part = 0; part < parts_; ++part) {
+            const std::int64_t first = part * part_blocks_, start = first * L::block_codes;
+            std::uint8_t* out = q.codes + (first * q.rows + blocks_of(part) * m) * L::block_bytes;
+            q.sums[m] += arrange<Isa, Bits>(codes + start, smaller(a_.k - start, part_blocks_ * L::block_codes), out);
+        }
+    }
+
+    void run_channels(const Activations& q, std::int64_t begin, std::int64_t end, Carver memory) const {
+        PanelScales scales = take_panel_scales(memory, 1);
+        auto* acc = memory.take<std::int32_t>(m_block_ * kPanel);
+        // the vector loops of finish_panel also read what lies between `count` and the next whole step
+        std::memset(acc, 0, q.rows * kPanel * sizeof *acc);
+        const std::uint8_t* ahead = a_.w + begin * row_bytes_ + ahead_;
+        for (std::int64_t n0 = begin; n0 < end; n0 += kPanel) {
+            const std::int64_t count = smaller(kPanel, end - n0);
+            for (std::int64_t n = 0; n < count; n += kQuad) ahead = run_quad(q, n0 + n, ahead, acc + n);
+            finish(q, n0, count, scales, acc);
+        }
+    }
+
+    // Four channels; those past the last one repeat it.
+    const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead,
+                                 std::int32_t* acc) const {
+        const std::int64_t tiles = ceil_div(q.rows, Isa::quad_rows);
+        Quad quad;
+        quad.end = a_.w + a_.n * row_bytes_;
+        for (std::int64_t part = 0; part < parts_; ++part) {
+            const std::int64_t first = part * part_blocks_, blocks = blocks_of(part);
+            if (blocks <= 0) break;
+            for (std::int64_t r = 0; r < kQuad; ++r) {
+                quad.row[r] = a_.w + smaller(n + r, a_.n - 1) * row_bytes_ + first * L::weight_bytes;
+            }
+            quad.bytes = smaller(row_bytes_ - first * L::weight_bytes, blocks * L::weight_bytes);
+            const std::uint8_t* codes = q.codes + first * q.rows * L::block_bytes;
+            for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                const std::int64_t from = q.rows * tile / tiles, to = q.rows * (tile + 1) / tiles;
+                quad.ahead = ahead;
+                quad.share = (kQuad * (tile + 1) / tiles - kQuad * tile / tiles) * L::weight_bytes;
+                ahead += quad.share * blocks;
+                dot_quad_rows<Isa, Bits>(to - from, quad, codes + from * blocks * L::block_bytes,
+                                         blocks * L::block_bytes, part == 0, acc + from * kPanel);
+            }
+        }
+        return ahead;
+    }
+
+    void finish(const Activations& q, std::int64_t n0, std::int64_t count, PanelScales& scales,
+                std::int32_t* all_acc) const {
+        constexpr std::uint32_t offset = (1u << (Bits - 1)) - kTaken<typename L::Dot>;
+        if (a_.acc == nullptr) prepare_panel(a_.output, 1, n0, count, scales);
+        for (std::int64_t m = 0; m < q.rows; ++m) {
+            std::int32_t* acc = all_acc + m * kPanel;
+            const std::uint32_t correction = offset * static_cast<std::uint32_t>(q.sums[m]);
+            for (std::int64_t n = 0; n < kPanel; ++n) {
+                acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) - correction);
+            }
+            const std::int64_t at = (q.m0 + m) * a_.n + n0;
+            if (a_.acc != nullptr) {
+                std::memcpy(a_.acc + at, acc, count * sizeof *acc);
+            } else {
+                auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
+                finish_panel<Isa>(acc, scales, a_.output, 1, count, y);
+            }
+        }
+    }
+
+    const Matmul& a_;
+    std::int64_t row_bytes_, blocks_, parts_, part_blocks_, m_block_, ahead_;
+    int threads_;
+    bool own_;
+};
+
+}  // namespace
+}  // namespace bytelane::cpu
