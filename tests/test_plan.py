@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from bytelane.dispatch import Problem, explain
+from bytelane.dispatch import Kernel, Problem, explain
 from bytelane.kernels import cpu
 from bytelane.report import plan
 
 CSRC = Path(__file__).parent.parent / "csrc" / "cpu"
+
+
+def _kernel(isa: str, bits: int, m: int) -> Kernel:
+    """The kernel of the table that has packed rows of these bits, as it would be on another processor."""
+    return replace(explain(Problem("linear", "cpu", torch.bfloat16, bits, 0, m)).kernel, isa=isa)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +28,8 @@ CSRC = Path(__file__).parent.parent / "csrc" / "cpu"
     [
         ("matmul.hpp", "kPanelRows", plan.PANEL_ROWS),
         ("matmul.hpp", "kMaxTile", plan.MAX_TILE),
-        ("matmul.hpp", "kSerialBytes", plan.SERIAL_BYTES),
+        ("matmul_quads.hpp", "kSerialBytes", plan.SERIAL_BYTES),
+        ("matmul_quads.hpp", "kQuad", plan.QUAD),
         ("matmul.hpp", "kTileBytes", plan.TILE_BYTES),
         ("requantize.hpp", "kStep", plan.STEP),
         ("convert.hpp", "kChunk", plan.PANEL),
@@ -34,23 +41,48 @@ def test_the_constants_are_those_of_the_drivers(file: str, name: str, value: int
     assert int(found[1]) << int(found[2] or 0) == value
 
 
+@pytest.mark.parametrize("isa", ["avx512vbmi", "avx512vnni", "avxvnni", "avx2", "dotprod", "portable"])
+def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> None:
+    source = (CSRC / f"isa_{isa.replace('vbmi', 'vnni')}.cpp").read_text()  # VBMI is the same source with a macro
+    for name, table, other in (("quad_rows", plan.QUAD_ROWS, 2), ("most_quad_rows", plan.MOST_QUAD_ROWS, 0)):
+        (found,) = re.findall(rf"static constexpr int {name} = (\d+);", source)
+        assert int(found) == table.get(isa, other)
+
+
 @pytest.mark.parametrize(
     ("k", "n", "m", "bits", "threads", "blocking", "split"),
     [
         (1536, 6144, 1, 4, 2, "64 channels x 1 row a tile", 2),
-        (1536, 6144, 7, 4, 2, "32 channels x 4 rows a tile", 2),
+        (1536, 6144, 7, 4, 2, "4 channels x 4 rows a tile", 2),
+        (1536, 6144, 16, 4, 2, "4 channels x 6 rows a tile", 2),
+        (1536, 6144, 64, 8, 2, "4 channels x 6 rows a tile", 2),
+        (1536, 6144, 65, 8, 2, "panels of 64 channels", 2),
+        (64, 64, 2, 4, 2, "4 channels x 2 rows a tile", 1),
+        (1536, 16, 8, 4, 2, "4 channels x 4 rows a tile", 1),
         (1536, 256, 1, 4, 2, "32 channels x 1 row a tile", 2),
         (64, 64, 1, 4, 2, "64 channels x 1 row a tile", 1),
-        (1536, 6144, 8, 4, 2, "panels of 64 channels", 2),
         (1536, 64, 512, 4, 2, "panels of 64 channels", 1),
-        (1536, 6144, 8, 8, 2, "16 channels x 4 rows a tile", 2),
     ],
 )
 def test_plans(k: int, n: int, m: int, bits: int, threads: int, blocking: str, split: int) -> None:
-    kernel = explain(Problem("linear", "cpu", torch.bfloat16, bits, 0, m)).kernel
+    kernel = _kernel("avx512vbmi", bits, m)
     made = plan.plan_linear(kernel, k, n, m, bits, threads)
     assert made.blocking.startswith(blocking)
     assert made.threads == split
+
+
+@pytest.mark.parametrize(
+    ("m", "bits", "blocking"),
+    [
+        (1, 4, "64 channels x 1 row a tile"),
+        (7, 4, "4 channels x 2 rows a tile"),
+        (8, 4, "panels of 64 channels"),
+        (11, 8, "4 channels x 2 rows a tile"),
+        (12, 8, "panels of 64 channels"),
+    ],
+)
+def test_plans_without_tall_tiles(m: int, bits: int, blocking: str) -> None:
+    assert plan.plan_linear(_kernel("avx2", bits, m), 1536, 6144, m, bits, 2).blocking.startswith(blocking)
 
 
 @pytest.mark.parametrize(

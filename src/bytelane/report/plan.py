@@ -1,6 +1,6 @@
 """What runs each layer of a checkpoint, and what a token costs: the answer of `bytelane explain`.
 
-A layer's blocking is worked out here from the same constants as the drivers in csrc/cpu/matmul.hpp and
+A layer's blocking is worked out here from the same constants as the drivers in csrc/cpu/matmul.hpp, matmul_quads.hpp and
 matmul_panels.hpp (a test holds the two together). Bytes per token are those a decoder must read for one token of one
 sequence whatever else it does: packed codes and weight scales of every layer, one row of each embedding table, and
 every other weight matrix in its float form. The time of a token can never be less than these bytes over the machine's
@@ -28,6 +28,13 @@ MAX_TILE = 4  # kMaxTile
 PANEL_ROWS = 8  # kPanelRows
 SERIAL_BYTES = 48 << 10  # kSerialBytes
 TILE_BYTES = 32 << 10  # kTileBytes
+QUAD = 4  # kQuad: weight rows side by side
+QUAD_ROWS = {
+    "avx512vbmi": 6,
+    "avx512vnni": 6,
+    "dotprod": 6,
+}  # quad_rows, of a tile; others have 2
+MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64}  # most_quad_rows: where quads are better than panels; others 0
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,17 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
         group_size: inputs per weight scale; 0 for one scale per channel.
     """
     packed = kernel.name.endswith(".packed")
-    if m >= (PANEL_ROWS if packed and bits < 8 else PANEL_ROWS * 3 // 2):
+    size = row_bytes(k, bits)
+    transposed = m >= (PANEL_ROWS if packed and bits < 8 else PANEL_ROWS * 3 // 2)
+    if packed and not group_size and m > 1 and (not transposed or m <= MOST_QUAD_ROWS.get(kernel.isa or "", 0)):
+        tile = -(-m // -(-m // QUAD_ROWS.get(kernel.isa or "", 2)))
+        threads = 1 if size * n * m < SERIAL_BYTES else min(threads, -(-n // STEP))
+        return Plan(f"{QUAD} channels x {tile} rows a tile, codes dotted as they lie", threads)
+    if transposed:
         panels = -(-n // PANEL)
         return Plan(
             f"panels of {PANEL} channels, spread to bytes and transposed once for all rows", min(threads, panels)
         )
-    size = row_bytes(k, bits)
     threads = 1 if size * n * m < SERIAL_BYTES else threads
     panel = PANEL
     while m > MAX_TILE and panel > STEP and panel * size > TILE_BYTES:
