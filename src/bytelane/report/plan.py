@@ -1,8 +1,8 @@
 """What runs each layer of a checkpoint, and what a token costs: the answer of `bytelane explain`.
 
-A layer's blocking is worked out here from the same constants as the drivers in csrc/cpu/matmul.hpp, matmul_quads.hpp and
-matmul_panels.hpp (a test holds the two together). Bytes per token are those a decoder must read for one token of one
-sequence whatever else it does: packed codes and weight scales of every layer, one row of each embedding table, and
+A layer's blocking is worked out here from the same constants as the drivers in csrc/cpu/matmul.hpp, matmul_quads.hpp
+and matmul_panels.hpp (a test holds the two together). Bytes per token are those a decoder must read for one token of
+one sequence whatever else it does: packed codes and weight scales of every layer, one row of each embedding table, and
 every other weight matrix in its float form. The time of a token can never be less than these bytes over the machine's
 bandwidth.
 """
