@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 README = ROOT / "README.md"
 SHAPES = ("1536x6144", "12288x1536", "2560x10240", "4096x14336")
-ROWS = "1,16,512"
+ROWS = "1,4,16,512"
 PEERS = {
     "bfloat16": "bfloat16",
     "onednn": "oneDNN int8",
