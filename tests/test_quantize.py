@@ -28,7 +28,6 @@ from bytelane.quantize import (
     resume,
     windows,
 )
-from bytelane.quantize.gptq import corrected
 from bytelane.quantize.simulate import Simulation, fake_quantize
 from bytelane.scheme import Kind
 from calibration import make_model
@@ -223,8 +222,7 @@ def test_gptq_hears_the_layers_before_it(tokenizer, documents) -> None:
             original(window[None])
             model(window[None])
     handle.remove()
-    weight = corrected(original.get_submodule(name).weight, hessian)
-    found, _ = gptq(weight, plan.modules[-1].scheme.weight, hessian.sum)
+    found, _ = gptq(original.get_submodule(name).weight, plan.modules[-1].scheme.weight, hessian.sum)
     assert torch.equal(found, codes[name][0])
 
 

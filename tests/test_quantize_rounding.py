@@ -9,7 +9,7 @@ import torch
 
 from bytelane.errors import ScaleError
 from bytelane.quantize import Hessian, gptq, round_to_nearest
-from bytelane.quantize.gptq import DAMPING, corrected, corrected_bias, search_scales
+from bytelane.quantize.gptq import DAMPING, corrected_bias, search_scales
 from bytelane.scheme import WeightScheme, code_range
 
 
@@ -111,51 +111,29 @@ def test_gptq_follows_the_definition_column_by_column() -> None:
     assert (expected != codes).double().mean() < 0.01
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_corrected_weight_makes_up_for_inputs_that_are_not_the_float_models(bias) -> None:
-    """Against float64 least squares, on inputs that are clipped and noisy; a bias takes what is left of the mean."""
+def test_a_corrected_bias_takes_what_is_left_of_the_mean() -> None:
+    """With inputs that are clipped and noisy, and tokens that weigh differently."""
     torch.manual_seed(0)
     weight, exact = torch.randn(24, 48), correlated_inputs(0, 400, 48) + 0.5
+    rounded = torch.round(weight * 4) / 4
     x = (exact + 0.3 * torch.randn(400, 48)).clamp(-4, 4)
-    hessian = Hessian(48)
-    for rows, wanted in zip(x.split(90), exact.split(90), strict=True):
-        hessian.add(rows[None], wanted[None])
-    found = corrected(weight, hessian)
-    weighted, loud = Hessian(48), torch.rand(400) + 0.1
-    weighted.add(x, exact, loud)
-    scaled = Hessian(48)
-    scaled.add(x * loud[:, None], exact * loud[:, None])
-    assert torch.allclose(corrected(weight, weighted), corrected(weight, scaled), atol=1e-5)
-    assert torch.allclose(
-        weighted.mean_sums[1] / weighted.total, (exact * loud[:, None] ** 2).sum(0).double() / float((loud**2).sum())
-    )
-    h, c = x.double().T @ x.double(), (exact - x).double().T @ x.double()
-    damping = DAMPING * float(h.diagonal().mean()) * torch.eye(48, dtype=torch.float64)
-    expected = weight.double() + weight.double() @ c @ torch.linalg.inv(h + damping)
-    assert torch.allclose(found.double(), expected, atol=1e-4)
-    target = exact.double() @ weight.double().T
-
-    def error(w: torch.Tensor, b: torch.Tensor) -> float:
-        return float((x.double() @ w.double().T + b.double() - target).square().sum())
-
-    none = torch.zeros(24)
-    assert error(found, none) < 0.7 * error(weight, none)
-    if bias:
-        given = torch.randn(24)
-        shifted = corrected_bias(given, weight, found, hessian)
-        gap = x.double() @ found.double().T + (shifted - given).double() - target
-        assert float(gap.mean(0).abs().max()) < 1e-4
-        assert error(found, shifted - given) < error(found, none)
+    loud = torch.rand(400) + 0.1
+    hessian, scaled = Hessian(48), Hessian(48)
+    for rows, wanted, factor in zip(x.split(90), exact.split(90), loud.split(90), strict=True):
+        hessian.add(rows[None], wanted[None], factor[None])
+    scaled.add(x * loud[:, None])
+    assert torch.allclose(hessian.sum, scaled.sum, rtol=1e-5, atol=1e-3)
+    given = torch.randn(24)
+    shifted = corrected_bias(given, weight, rounded, hessian)
+    gap = x.double() @ rounded.double().T + (shifted - given).double() - exact.double() @ weight.double().T
+    squares = loud.double().square()[:, None]
+    assert float(((gap * squares).sum(0) / squares.sum()).abs().max()) < 1e-4
 
 
 def test_inputs_that_are_the_float_models_correct_nothing() -> None:
     weight, x = torch.randn(8, 16), torch.randn(40, 16)
-    hessian, same, dead = Hessian(16), Hessian(16), Hessian(16)
-    hessian.add(x)
+    same = Hessian(16)
     same.add(x, x)
-    dead.add(torch.zeros(40, 16), x)
-    for found in (hessian, same, dead):
-        assert torch.equal(corrected(weight, found), weight)
     assert torch.allclose(corrected_bias(torch.ones(8), weight, weight, same), torch.ones(8), atol=1e-5)
 
 

@@ -5,8 +5,8 @@ The hidden states that enter the first layer are kept for every window. For each
 1. the float layer reads what float layers made, and its linears' inputs are kept for a window, and how long each
    token's residual stream is afterwards: errors of `o` and `down` are weighted by one over that;
 2. the layer reads what quantized layers made, with its static int8 sides simulated, and the Hessians of its linears'
-   (dequantized int8) inputs are summed, and how they differ from the float ones;
-3. its weights are corrected and rounded with them, and replaced by what the codes stand for; its biases are corrected;
+   (dequantized int8) inputs are summed, and the means of these and of the float ones;
+3. its weights are rounded with them, and replaced by what the codes stand for; its biases are corrected;
 4. it reads the states of 2 again, and what comes out enters the next layer.
 
 So the whole costs three passes over the text. Held at a time: the hidden states of all windows, twice (windows x tokens
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bytelane.checkpoint import QuantizedModule
 from bytelane.quantize.blocks import blocks
-from bytelane.quantize.gptq import Hessian, corrected, corrected_bias, gptq
+from bytelane.quantize.gptq import Hessian, corrected_bias, gptq
 from bytelane.quantize.layerwise import Call, decoder_layers, first_hidden, layer_calls, run_layer
 from bytelane.quantize.simulate import Simulation, fake_quantize
 
@@ -78,7 +78,7 @@ def quantize_sequentially(
             hessians, exact = _hessians(simulation, layer, call, names, writers, states, exact, shared)
             for name, linear in names.items():
                 hessian = hessians[name]
-                codes, scale = gptq(corrected(linear.weight, hessian), by_name[name].scheme.weight, hessian.sum, name)
+                codes, scale = gptq(linear.weight, by_name[name].scheme.weight, hessian.sum, name)
                 found[name] = (codes, scale)
                 grouped = codes.reshape(codes.shape[0], scale.shape[1], -1).to(torch.float32) * scale[..., None]
                 rounded = grouped.reshape(codes.shape)
