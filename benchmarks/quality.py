@@ -53,8 +53,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4-weights": ("4 bits, weights alone, to nearest", {**_W4, "no_input": [""], "no_output": [""]}),
     "w4-nearest": ("4 bits, `--recipe llama-w4a8o8 --rounding nearest`", {**_BEST4, "rounding": "nearest"}),
     "w4": ("4 bits, `--recipe llama-w4a8o8`", _BEST4),
-    "w4-best": ("the same, two `down_proj` at 8 bits", _MIXED4),
-    "w4-groups": ("and in groups of 32", {**_MIXED4, **_GROUPS}),
+    "w4-best": ("4 bits, `--recipe llama-w4a8o8` but two `down_proj` at 8", _MIXED4),
+    "w4-groups": ("the same in groups of 32", {**_MIXED4, **_GROUPS}),
 }
 """By key: what the row is called, and its recipe."""
 
