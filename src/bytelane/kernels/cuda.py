@@ -95,16 +95,23 @@ def _prefetch(form: Layout, overlapping: bool, aligned: bool, bn: int, warps: in
     return wanted // pieces * ALIGNED, pieces
 
 
-@functools.lru_cache(maxsize=4096)
-def _decode_launch(form: Layout, m: int, tile: DecodeTile, outputs: int, has_bias: bool, overlapping: bool) -> Launch:
-    n, k, bits, row_bytes, *_ = form
-    ahead, pieces = _prefetch(form, overlapping, True, tile.bn, tile.warps)
-    constants = {
+def _layer_constants(bits: int, k: int, outputs: int, has_bias: bool) -> dict[str, int | bool]:
+    """What every kernel that multiplies is compiled for."""
+    return {
         "BITS": bits,
         "PLANES": planes(bits),
         "SHIFT": code_shift(bits, k),
         "OUTPUTS": outputs,
         "BIAS": has_bias,
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_launch(form: Layout, m: int, tile: DecodeTile, outputs: int, has_bias: bool, overlapping: bool) -> Launch:
+    n, k, bits, row_bytes, *_ = form
+    ahead, pieces = _prefetch(form, overlapping, True, tile.bn, tile.warps)
+    constants = {
+        **_layer_constants(bits, k, outputs, has_bias),
         "STEPS": triton.cdiv(row_bytes // 4, tile.bw),
         "BN": tile.bn,
         "BM": power_of_two(m),
@@ -125,11 +132,7 @@ def _fused_launch(
     n, k, bits, row_bytes, groups, group_blocks = form
     ahead, pieces = _prefetch(form, overlapping, aligned, tile.bn, tile.warps)
     constants = {
-        "BITS": bits,
-        "PLANES": planes(bits),
-        "SHIFT": code_shift(bits, k),
-        "OUTPUTS": outputs,
-        "BIAS": has_bias,
+        **_layer_constants(bits, k, outputs, has_bias),
         "GROUPED": groups > 1,
         "EVEN": form.even(tile.bn, tile.bb),
         "BN": tile.bn,
@@ -176,11 +179,7 @@ def _codes_plan(
     splits = 1 if groups > 1 else max(triton.cdiv(group_blocks, max(chunk, 1)), 1)
     shared = splits > 1
     constants = {
-        "BITS": bits,
-        "PLANES": planes(bits),
-        "SHIFT": code_shift(bits, k),
-        "OUTPUTS": outputs,
-        "BIAS": has_bias,
+        **_layer_constants(bits, k, outputs, has_bias),
         "GROUPED": groups > 1,
         "EVEN": form.even(tile.bn, tile.bb),
         "ACCUMULATE": accumulators,
