@@ -31,9 +31,8 @@ import bytelane
 from bytelane import benchmark
 from bytelane.dispatch import machine
 from bytelane.kernels import cpu
-from bytelane.layers import QuantLinear
 from bytelane.memory import streamed_empty
-from bytelane.models import open_model
+from bytelane.models import build_linear, open_model
 from bytelane.scheme import Kind
 
 FRESH_BYTES = 256 << 20
@@ -68,17 +67,7 @@ def ready(model: str) -> tuple[int, float]:
             row = x.setdefault(k, torch.zeros(0, k, dtype=skeleton.dtype))
             start = time.perf_counter()
             tensors = checkpoint.read(name, copy=True)
-            weight = module.scheme.weight
-            layer = QuantLinear(
-                tensors.rows,
-                tensors.weight_scale,
-                in_features=k,
-                num_bits=weight.num_bits,
-                group_size=weight.group_size,
-                input_scale=tensors.input_scale,
-                output_scale=tensors.output_scale,
-                bias=tensors.bias,
-            )
+            layer = build_linear(module, tensors)
             layer(row)  # no rows: nothing is multiplied
             spent += time.perf_counter() - start
             kept.append(layer)

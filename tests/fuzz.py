@@ -44,7 +44,7 @@ import oracle
 from bytelane import errors
 from bytelane.checkpoint import Checkpoint, open_checkpoint
 from bytelane.layers import QuantEmbedding, QuantLinear
-from bytelane.models import load_model, open_model
+from bytelane.models import build_linear, load_model, open_model
 from bytelane.report.verify_checkpoint import codes_name, stored_codes
 from bytelane.scheme import Kind
 from checkpoints import COMPRESSED, GEMMA, hand_made, skeleton_of
@@ -153,16 +153,7 @@ def _built(checkpoint: Checkpoint, name: str) -> QuantLinear | QuantEmbedding:
             num_bits=weight.num_bits,
             group_size=weight.group_size,
         )
-    return QuantLinear(
-        tensors.rows,
-        tensors.weight_scale,
-        in_features=module.shape[1],
-        num_bits=weight.num_bits,
-        group_size=weight.group_size,
-        input_scale=tensors.input_scale,
-        output_scale=tensors.output_scale,
-        bias=tensors.bias,
-    )
+    return build_linear(module, tensors)
 
 
 def _load(folder: Path, model: torch.nn.Module | None) -> tuple[Checkpoint, torch.nn.Module | None]:

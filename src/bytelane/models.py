@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bytelane.cache import KVCacheChoice, install_kv_cache
-from bytelane.checkpoint import Checkpoint, QuantizedModule, open_checkpoint
+from bytelane.checkpoint import Checkpoint, QuantizedModule, QuantizedTensors, open_checkpoint
 from bytelane.checkpoint.container import read_json
 from bytelane.checkpoint.plausible import check_counts, check_generation
 from bytelane.decoder import FloatOps, install_decoder
@@ -393,7 +393,31 @@ def _layer(
             embed_scale=float(getattr(original, "scalar_embed_scale", 1.0)),
             dtype=dtype,
         )
-    input_scale, output_scale = override.sides(tensors.input_scale, tensors.output_scale)
+    return build_linear(module, tensors, override, numerics=numerics, device=device)
+
+
+def build_linear(
+    module: QuantizedModule,
+    tensors: QuantizedTensors,
+    override: ScaleOverride | None = None,
+    *,
+    numerics: Numerics = Numerics.INTEGER,
+    device: torch.device | str = "cpu",
+) -> QuantLinear:
+    """The layer of a checkpoint's quantized linear module.
+
+    Args:
+        module: what the checkpoint says of it.
+        tensors: as `Checkpoint.read` gives them, with memory of their own.
+        override: scales that stand in for the checkpoint's.
+        numerics: of the layer.
+        device: where it goes.
+
+    Raises:
+        CheckpointError: the scales do not fit the layer, under the class that names the rule.
+    """
+    weight = module.scheme.weight
+    input_scale, output_scale = (override or ScaleOverride()).sides(tensors.input_scale, tensors.output_scale)
     return QuantLinear(
         tensors.rows.to(device),
         tensors.weight_scale.to(device),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bytelane.checkpoint import Checkpoint, QuantizedModule, QuantizedTensors
 from bytelane.errors import NotRepresentableError
-from bytelane.layers import QuantLinear
+from bytelane.models import build_linear
 from bytelane.packing import unpack_rows
 from bytelane.report import oracle
 from bytelane.scheme import Kind, LinearScheme, Storage
@@ -186,16 +186,7 @@ def check_layer(checkpoint: Checkpoint, name: str, *, vendor: bool, seed: int = 
     """Run one layer and compare it with the oracle and, if wanted, the vendor's runtime."""
     module, tensors = checkpoint.modules[name], checkpoint.read(name, copy=True)
     weight, (n, k) = module.scheme.weight, module.shape
-    layer = QuantLinear(
-        tensors.rows,
-        tensors.weight_scale,
-        in_features=k,
-        num_bits=weight.num_bits,
-        group_size=weight.group_size,
-        input_scale=tensors.input_scale,
-        output_scale=tensors.output_scale,
-        bias=tensors.bias,
-    )
+    layer = build_linear(module, tensors)
     assert tensors.input_scale is not None
     rng = np.random.default_rng([seed, n, k])
     x = _inputs(k, float(tensors.input_scale), rng)
