@@ -42,7 +42,7 @@ def main() -> None:
     )
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     greedy = SamplingParams(max_tokens=8, temperature=0, detokenize=False, prompt_logprobs=3, logprobs=3)
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"prompts": PROMPTS}
     if not arguments.compiled:
         found["layers"] = llm.apply_model(record.start)
         llm.apply_model(record.count_reductions)
@@ -53,6 +53,9 @@ def main() -> None:
         llm.reset_prefix_cache()
     together = llm.generate(prompts, greedy, use_tqdm=False)
     found["together"] = [list(o.outputs[0].token_ids) for o in together]
+    found["together_logprobs"] = [
+        [{t: v.logprob for t, v in p.items()} for p in o.outputs[0].logprobs] for o in together
+    ]
     if not arguments.compiled:
         found["records_together"] = llm.apply_model(record.collect)
     found["prompt_logprobs"] = [

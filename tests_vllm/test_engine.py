@@ -108,11 +108,36 @@ def test_bytes_reduced_are_the_models_in_the_documentation(two: dict[str, Any]) 
             assert nbytes == shape[0] * expected[i % len(expected)], (shape, nbytes)
 
 
+def noise(model: nn.Module, checkpoint: Path, prompts: list[list[int]]) -> float:
+    """How far float operations alone move a log-probability: `load_model` with its own and with transformers'."""
+    other = bytelane.load_model(checkpoint, dtype=torch.bfloat16, float_ops="torch")
+    with torch.inference_mode():
+        both = [
+            [torch.log_softmax(m(torch.tensor([ids])).logits.double(), -1) for m in (model, other)] for ids in prompts
+        ]
+    return max(float((a - b).abs().max()) for a, b in both)
+
+
 @pytest.mark.slow
-def test_compiled_graphs_give_the_same_tokens(checkpoint: Path, one: dict[str, Any]) -> None:
-    """torch.compile stays on: the operations are opaque to it, with shapes it knows."""
+def test_compiled_graphs_say_the_same(checkpoint: Path, one: dict[str, Any], model: nn.Module) -> None:
+    """torch.compile stays on: the operations are opaque to it, with shapes it knows.
+
+    What it fuses between them is rounded to bfloat16 less often than one by one. So log-probabilities may differ as far
+    as other float operations move them, and a text may part where its two candidates are nearer than that.
+    """
     compiled = run_engine(checkpoint, 1, "--compiled")
-    assert compiled["together"] == one["together"]
+    sequences = [p + t for p, t in zip(one["prompts"], one["together"], strict=True)]
+    near = 2 * noise(model, checkpoint, sequences)
+    for eager, other in zip(one["prompt_logprobs"], compiled["prompt_logprobs"], strict=True):
+        for a, b in zip(eager[1:], other[1:], strict=True):
+            assert max(abs(a[t] - b[t]) for t in a.keys() & b.keys()) <= near
+    for i, (eager, other) in enumerate(zip(one["together"], compiled["together"], strict=True)):
+        for place, (a, b) in enumerate(zip(eager, other, strict=True)):
+            seen, seen_compiled = (found["together_logprobs"][i][place] for found in (one, compiled))
+            assert max(abs(seen[t] - seen_compiled[t]) for t in seen.keys() & seen_compiled.keys()) <= near
+            if a != b:
+                assert seen[a] - seen[b] <= near, (i, place, seen, seen_compiled)
+                break
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 import ranks
+from bytelane.kernels.cpu import supported_isas
 from checkpoints import COMPRESSED, GEMMA, hand_made
 
 BITS = range(2, 9)
@@ -144,6 +145,10 @@ def stock(rank: int, port: int, directory: str) -> None:
     assert min(steps["q"], steps["k"]) > 1, steps
 
 
+@pytest.mark.skipif(
+    not {"avx512vnni", "avx512vbmi"} & set(supported_isas()),
+    reason="of vLLM's builds for x86 only those for AVX-512 have its int4 operation",
+)
 def test_vllms_own_merged_layers_keep_the_last_parts_scales(tmp_path: Path) -> None:
     """Why the plugin has merged layers of its own: this is what `test_every_layer...` would see without it."""
     write(tmp_path / "model", {"bits": 4})
