@@ -35,6 +35,7 @@ PINNED = {"lm_head|embed_tokens": 8}
 def recipes(given: argparse.Namespace, model: Any, tokenizer: Any, texts: list[str]) -> dict[str, tuple[Recipe, float]]:
     """By row: the recipe, and the loss that the measurement expects of it."""
     base = Recipe.load(given.recipe).model_dump(mode="json") | {"rounding": given.rounding, "bits": PINNED}
+    base["learn_scales"] = given.learn_scales
     losses = given.results.with_suffix(".losses.json")
     found: dict[str, tuple[Recipe, float]] = {}
     for average in given.average:
@@ -102,27 +103,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a float checkpoint folder")
     parser.add_argument("--text", type=Path, required=True, help="documents, every fourth held out")
-    parser.add_argument("--recipe", default="smollm2-w8a8o8", help="everything but the widths")
+    parser.add_argument("--recipe", default="llama-w8a8o8", help="everything but the widths")
     parser.add_argument("--rounding", choices=["nearest", "gptq"], default="nearest")
+    parser.add_argument("--learn-scales", type=int, default=64, help="steps, for both kinds of row")
     parser.add_argument("--average", type=float, nargs="+", default=[4.0])
     parser.add_argument("--measure", type=int, default=16, help="windows to measure losses on")
     parser.add_argument("--measure-window", type=int, default=256)
     parser.add_argument("--calibrate", type=int, default=8, help="windows that ranges come from")
     parser.add_argument("--score", type=int, default=40, help="windows to score")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     choice = {"model": given.model.name, "text": given.text.name, "window": WINDOW}
-    choice |= {k: getattr(given, k) for k in ("recipe", "rounding", "measure", "measure_window", "calibrate", "score")}
+    choice |= {
+        k: getattr(given, k)
+        for k in ("recipe", "rounding", "learn_scales", "measure", "measure_window", "calibrate", "score")
+    }
     results: dict[str, Any] = {"choice": choice, "rows": {}}
     if given.results.exists():
         results = json.loads(given.results.read_text(encoding="utf-8"))
         if results["choice"] != choice:
             sys.exit(f"{given.results} is of {results['choice']}, not of {choice}")
-    model, tokenizer = load_float_model(given.model)
+    model, tokenizer = load_float_model(given.model, device=given.device)
     texts = read_documents(given.text, "calibration")
     held = windows(tokenizer, read_documents(given.text, "evaluation"), length=WINDOW, limit=given.score)
     if "float" not in results:
@@ -139,7 +145,7 @@ def main() -> None:
             report = quantize_model(
                 model, tokenizer, texts, recipe, out, window=WINDOW, max_windows=given.calibrate, dtype=torch.bfloat16
             )
-            scored = perplexity(load_model(out, dtype=torch.float32), held)
+            scored = perplexity(load_model(out, dtype=torch.float32, device=given.device), held)
         paired = compare_results(reference, scored)
         results["rows"][name] = {
             "perplexity": scored.perplexity,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from bytelane.evaluate import perplexity
 from bytelane.quantize import Recipe, load_float_model, read_documents, windows
@@ -38,6 +39,12 @@ from bytelane.tune import (
 VARIANTS: dict[str, dict[str, Any]] = {
     "w8a8o8": {"default_bits": 8, "embeddings": 8},
     "w4a8o8": {"default_bits": 4, "embeddings": 8, "bits": {"^lm_head$": 8}},
+    "w4a8o8-g32": {
+        "default_bits": 4,
+        "embeddings": 8,
+        "bits": {"^lm_head$": 8},
+        "granularity": {"lm_head|embed_tokens": "channel", "": 32},
+    },
     "mobile": {
         "default_bits": 4,
         "bits": {"^lm_head$": 2, "layers\\.(1[3-9]|2\\d)\\.mlp\\.": 2},
@@ -80,6 +87,23 @@ def curve(losses: tuple[float, ...], points: int = 100) -> list[list[float]]:
     return [[round((i + 0.5) / len(parts), 4), round(sum(p) / len(p), 4)] for i, p in enumerate(parts)]
 
 
+def written(given: argparse.Namespace, teacher: Any, first: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Windows that the float model writes, in bfloat16 on a GPU, or those that the file has of it."""
+    if given.written is not None and given.written.exists():
+        held = load_file(given.written)["windows"]
+        if held.shape != (given.write, given.window):
+            raise SystemExit(f"{given.written} has windows {tuple(held.shape)}; name another file with --written")
+        return list(held.to(torch.int64))
+    started = time.perf_counter()
+    on_gpu = next(teacher.parameters()).is_cuda
+    writer = copy.deepcopy(teacher).to(torch.bfloat16) if on_gpu else teacher
+    made = written_windows(writer, first, given.write, batch=given.write_batch)
+    print("wrote", given.write, "windows in", round(time.perf_counter() - started, 1), "s", flush=True)
+    if given.written is not None:
+        save_file({"windows": torch.stack(made).to(torch.int32)}, given.written)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -93,6 +117,7 @@ def main() -> None:
         parser.add_argument(name, type=kind, action="append", help=f"{meaning}, for each variant; {default}")
     parser.add_argument("--repeat", type=int, default=1, help="how often an epoch has the windows of --text")
     parser.add_argument("--write", type=int, default=0, help="windows that the float model writes itself")
+    parser.add_argument("--written", type=Path, help="a file for them; what it holds already is not written again")
     parser.add_argument("--write-batch", type=int, default=1024, help="windows that it writes at a time")
     parser.add_argument("--eager", action="store_true", help="neither compile nor record a step on a GPU")
     parser.add_argument("--no-keep", action="store_true", help="compute the teacher in every step")
@@ -114,10 +139,7 @@ def main() -> None:
     for path in given.more:
         text += windows(tokenizer, read_documents(path), length=given.window)
     if given.write:
-        started = time.perf_counter()
-        with run.autocast():
-            text += written_windows(teacher, first, given.write, batch=given.write_batch)
-        print("wrote", given.write, "windows in", round(time.perf_counter() - started, 1), "s", flush=True)
+        text += written(given, teacher, first)
     random.Random(0).shuffle(text)
     held = windows(tokenizer, read_documents(given.text, "evaluation"), length=given.window, limit=given.score)
     result: dict[str, Any] = {

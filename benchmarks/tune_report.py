@@ -22,9 +22,10 @@ MARKS = ("<!-- figures of tuning -->", "<!-- end of figures of tuning -->")
 NAMES = {
     "w8a8o8": ("8-bit weights", "8 bits"),
     "w4a8o8": ("4-bit weights", "8 bits"),
+    "w4a8o8-g32": ("4-bit weights in groups of 32", "8 bits"),
     "mobile": ("the phone's map: 4 bits, 2 bits in the MLPs of the upper 17 layers", "2 bits"),
 }
-COLOURS = {"w8a8o8": "#2a9d8f", "w4a8o8": "#3a6fb0", "mobile": "#c8553d"}
+COLOURS = {"w8a8o8": "#2a9d8f", "w4a8o8": "#3a6fb0", "w4a8o8-g32": "#8e5ea2", "mobile": "#c8553d"}
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 220, 46, 34, 66
 
 

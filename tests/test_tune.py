@@ -110,8 +110,9 @@ def test_a_rotated_student_starts_as_the_float_model_and_exports(tmp_path) -> No
     # Each of the 30 or so roundings adds noise of about 1/127 of a range.
     assert (found - expected).norm() < 0.1 * expected.norm()
     assert not student.plan.tied
-    with pytest.raises(RecipeError, match="leave `rounding` and `search` out"):
-        student_of(tied_llama(), rounding="gptq")
+    for settled in ({"rounding": "gptq"}, {"search": 1}, {"learn_scales": 1}):
+        with pytest.raises(RecipeError, match="leave `rounding`, `search` and `learn_scales` out"):
+            student_of(tied_llama(), **settled)
 
 
 def test_layers_that_share_an_input_share_its_scale() -> None:

@@ -5,6 +5,7 @@
 - observe: the float model reads the calibration windows, ranges are kept
 - search: the loudest ranges are chosen by loss, where the recipe wants it
 - round: weights to codes; to the nearest one module at a time while the writer streams, by GPTQ layer by layer before
+- learn: all scales together by the model's loss, codes as they are, where the recipe wants it
 - write: `bytelane.checkpoint.write_checkpoint`: all of it or nothing
 """
 
@@ -30,12 +31,13 @@ from bytelane.generation import peak_memory_bytes
 from bytelane.packing import pack_rows
 from bytelane.quantize.fold import check_same_function, equalize, rotate
 from bytelane.quantize.kv import observe_kv
-from bytelane.quantize.observe import Observations, Statistics, observe, range_scale
+from bytelane.quantize.learn import learn_scales
+from bytelane.quantize.observe import CODE_MAX, Observations, Statistics, observe, range_scale
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Range, Recipe, RecipeError
 from bytelane.quantize.report import LayerReport, QuantizationReport
 from bytelane.quantize.resume import ObservationFile, fingerprint
-from bytelane.quantize.rounding import round_to_nearest
+from bytelane.quantize.rounding import dequantized, round_to_nearest
 from bytelane.quantize.search import search_ranges
 from bytelane.quantize.sequential import quantize_sequentially
 from bytelane.quantize.text import Split, read_files, windows
@@ -45,7 +47,7 @@ DEFAULT_WINDOWS = 32
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the steps done and the steps in all: `"equalize"`, `"observe"` and `"kv cache"` count windows,
-`"search"` ranges tried, `"gptq"` decoder layers, `"write"` modules."""
+`"search"` ranges tried, `"gptq"` decoder layers, `"learn"` steps, `"write"` modules."""
 
 SEARCH_TOKENS = 512
 """Tokens whose loss judges a range, in whole windows: they are read once for each range tried."""
@@ -55,6 +57,9 @@ EQUALIZE_WINDOWS = 8
 
 SEARCHED = "loss"
 """The label of a range that was chosen by loss."""
+
+LEARNED = "learned"
+"""The label of a range that was learned."""
 
 
 @dataclass(frozen=True)
@@ -179,22 +184,24 @@ def quantize_model(
     def staged(stage: str, most: int | None = None) -> Callable[[int], None]:
         return lambda done: None if progress is None else progress(stage, done, len(used[:most]))
 
-    if plan.observed or recipe.equalize or recipe.rotate or recipe.rounding == "gptq" or recipe.kv_cache:
+    rewritten = bool(recipe.rotate or recipe.equalize or recipe.rounding == "gptq" or recipe.learn_scales)
+    if plan.observed or rewritten or recipe.kv_cache:
         used = windows(tokenizer, texts, length=window, limit=max_windows)
     source = model
-    if recipe.rotate or recipe.equalize or recipe.rounding == "gptq":
+    if rewritten:
         source = folded(model, recipe, used, staged("equalize", EQUALIZE_WINDOWS))
         plan = make_plan(source, recipe)  # a rotated model's tied head is no longer
     if plan.observed:
         kept = None
+        settled = recipe.search or recipe.learn_scales  # by more than this text's statistics, which say what is cut
         if resume is not None:
             kept = ObservationFile(Path(resume), fingerprint(source, used, recipe.model_dump_json(), plan.observed))
         seen = observe(
             source,
             used,
             plan.observed,
-            input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or recipe.search],
-            output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or recipe.search],
+            input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or settled],
+            output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or settled],
             resume=kept,
             progress=staged("observe"),
         )
@@ -213,6 +220,8 @@ def quantize_model(
             shared=seen.shared,
             progress=None if progress is None else lambda done, total: progress("gptq", done, total),
         )
+    if recipe.learn_scales:
+        rounded = _learned(source, model, used, plan, rounded, seen, inputs, outputs, recipe.learn_scales, progress)
     stored_dtype = dtype or model.dtype
     with tempfile.TemporaryDirectory(prefix="bytelane-") as temporary:
         if copy_from is None:
@@ -273,6 +282,52 @@ def _search(
         for name in choice.names:
             scale = range_scale(choice.limit, name, choice.side)
             sides[name] = _Side(scale, SEARCHED, statistics_of[name].clipped(choice.limit))
+
+
+@torch.no_grad()
+def _learned(
+    source: PreTrainedModel,
+    model: PreTrainedModel,
+    used: Sequence[Tensor],
+    plan: Plan,
+    rounded: Mapping[str, tuple[Tensor, Tensor]],
+    seen: Observations,
+    inputs: dict[str, _Side],
+    outputs: dict[str, _Side],
+    steps: int,
+    progress: Progress | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Round what is not rounded yet, put it into the source, and replace all scales by learned ones."""
+    found = dict(rounded)
+    for name in plan.untied:  # stored apart from the table that it shares its weight with, so rounded apart too
+        head = source.get_submodule(name)
+        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
+    for module in plan.modules:
+        if module.name in found:
+            continue
+        weight = source.get_submodule(module.name).get_parameter("weight")
+        codes, scale = round_to_nearest(weight, module.scheme.weight, module.name)
+        found[module.name] = codes, scale
+        weight.copy_(dequantized(codes, scale))
+    learned = learn_scales(
+        source,
+        model,
+        used,
+        steps,
+        _scales(inputs),
+        _scales(outputs),
+        {name: found[name][1] for name in plan.observed},
+        shared=seen.shared,
+        progress=None if progress is None else lambda done, total: progress("learn", done, total),
+    )
+    for side, sides, learned_of, statistics_of in (
+        ("input", inputs, learned.inputs, seen.inputs),
+        ("output", outputs, learned.outputs, seen.outputs),
+    ):
+        for name, value in learned_of.items():
+            limit = value * CODE_MAX
+            sides[name] = _Side(range_scale(limit, name, side), LEARNED, statistics_of[name].clipped(limit))
+    return found | {name: (found[name][0], scale) for name, scale in learned.weights.items()}
 
 
 def _rounded(

@@ -200,8 +200,10 @@ def prepare(
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError("a model to tune needs float32 parameters; load it with dtype=torch.float32")
     plan = make_plan(model, recipe)
-    if recipe.rounding != "nearest" or recipe.search:
-        raise RecipeError("tuning rounds to nearest and learns its ranges; leave `rounding` and `search` out")
+    if recipe.rounding != "nearest" or recipe.search or recipe.learn_scales:
+        raise RecipeError(
+            "tuning rounds to nearest and learns its ranges; leave `rounding`, `search` and `learn_scales` out"
+        )
     if recipe.rotate:
         rotate(model, windows[:1])
         plan = make_plan(model, recipe)  # a tied head is no longer
