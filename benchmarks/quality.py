@@ -38,6 +38,7 @@ GUIDE = ROOT / "docs" / "quantizing.md"
 MARKER = "perplexity of recipes"
 
 _PLAIN: dict[str, Any] = {"learn_scales": 0}
+_STILL: dict[str, Any] = {"rotate": False}
 _W8: dict[str, Any] = {"embeddings": 8}
 _W4: dict[str, Any] = {"default_bits": 4, "bits": {"lm_head|embed_tokens": 8}, "embeddings": 8}
 _BEST = ("w8a8o8", "w4a8o8", "w4a8o8-g32")
@@ -57,6 +58,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4": ("4 bits, `--recipe llama-w4a8o8`", _BEST4),
     "w4-groups-unlearned": ("4 bits, `--recipe llama-w4a8o8-g32 --learn-scales 0`", {**_GROUPS4, **_PLAIN}),
     "w4-groups": ("4 bits, `--recipe llama-w4a8o8-g32`", _GROUPS4),
+    "w8-as-it-is": ("8 bits, `--recipe llama-w8a8o8 --no-rotate`", {**_BEST8, **_STILL}),
+    "w4-as-it-is": ("4 bits, `--recipe llama-w4a8o8 --no-rotate`", {**_BEST4, **_STILL}),
+    "w4-groups-as-it-is": ("4 bits, `--recipe llama-w4a8o8-g32 --no-rotate`", {**_GROUPS4, **_STILL}),
 }
 """By key: what the row is called, and its recipe."""
 

@@ -54,6 +54,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Recipes; `mobile` is the phone's map on 30 layers: 4-bit attention and lower MLPs, the rest 2 bits."""
 
 
+SETTLED = {
+    "rounding": "gptq",
+    "search": 4,
+    "learn_scales": 64,
+    "output_ranges": {"mlp\\.gate_proj$": {"method": "minmax"}},
+}
+"""What the shipped recipes do before training starts."""
+
 EACH: tuple[tuple[str, Any, Any, str], ...] = (
     ("--seconds", float, 60.0, "seconds of training"),
     ("--rate", float, 3e-4, "learning rate of weights"),
@@ -113,6 +121,7 @@ def main() -> None:
     parser.add_argument("--range", default="mse")
     parser.add_argument("--rotate", action="store_true", help="rotate the student's residual stream first")
     parser.add_argument("--equalize", action="store_true", help="equalize its channels")
+    parser.add_argument("--settle", action="store_true", help="start from GPTQ, searched ranges and learned scales")
     for name, kind, default, meaning in EACH:
         parser.add_argument(name, type=kind, action="append", help=f"{meaning}, for each variant; {default}")
     parser.add_argument("--repeat", type=int, default=1, help="how often an epoch has the windows of --text")
@@ -151,6 +160,7 @@ def main() -> None:
         "evaluated_tokens": sum(w.numel() - 1 for w in held),
         "rotate": given.rotate,
         "equalize": given.equalize,
+        "settle": given.settle,
         "float": perplexity(teacher, held).perplexity,
         "variants": {},
     }
@@ -163,7 +173,8 @@ def main() -> None:
         print("kept the teacher's states in", result["teacher_seconds"], "s", flush=True)
     for variant, values in zip(given.variant, each, strict=True):
         started = time.perf_counter()
-        changes = {"rotate": given.rotate, "equalize": given.equalize}
+        changes: dict[str, Any] = {"rotate": given.rotate, "equalize": given.equalize}
+        changes |= SETTLED if given.settle else {}
         recipe = Recipe.of({**VARIANTS[variant], "head": "weights", "range": given.range, **changes})
         student = prepare(copy.deepcopy(teacher).requires_grad_(True), recipe, observed)
         prepared = time.perf_counter() - started

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-import bytelane.quantize.pipeline as pipeline
 from bytelane.models import load_model
 from bytelane.quantize import LearningError, Recipe, learn_scales, observe, quantize_model, windows
 from bytelane.quantize.rounding import dequantized, round_to_nearest
 from bytelane.quantize.search import Divergence
+from bytelane.quantize.settle import LEARNED
 from bytelane.quantize.simulate import Simulation
 from bytelane.scheme import WeightScheme
 from calibration import linear_names, make_model
@@ -146,6 +146,6 @@ def test_a_recipe_that_learns_makes_a_nearer_checkpoint(tmp_path, tokenizer, doc
     assert distances[1] < 0.9 * distances[0]
     assert torch.equal(*codes)
     assert "learn" in stages
-    assert report.ranges == {pipeline.LEARNED: sum(report.ranges.values())}
+    assert report.ranges == {LEARNED: sum(report.ranges.values())}
     assert all(0 <= layer.output_clipped <= 1 for layer in report.layers if layer.output_clipped is not None)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
