@@ -5,7 +5,8 @@
 For every average the checkpoint with one width for all linear layers (where the average is a whole number) and the
 checkpoint of the plan under that average are quantized alike and scored on the same held-out windows. Losses are
 measured once and kept beside the results. A row is written when it is done, and rows that have figures are not run
-again. `--draw` writes the picture in the guide. The last line is JSON.
+again. With the usual result file the guide's table is written; `--draw` writes its picture too, and `--table-only`
+measures nothing. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from bytelane.cli.output import table, write_json, write_text
 from bytelane.evaluate import compare_results, perplexity, result_of
 from bytelane.models import load_model
 from bytelane.quantize import Budget, Recipe, load_float_model, plan_bits, quantize_model, read_documents, windows
+from quality import machine
+from readme import replace
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
 PICTURE = ROOT / "docs" / "images" / "plan.svg"
 WINDOW = 512
+GUIDE = ROOT / "docs" / "quantizing.md"
+MARKER = "plans beside one width for all"
 PINNED = {"lm_head|embed_tokens": 8}
 
 
@@ -57,6 +62,34 @@ def recipes(given: argparse.Namespace, model: Any, tokenizer: Any, texts: list[s
             found[f"{bits} bits for all"] = (Recipe.of(base | {"default_bits": bits}), expected)
         found[f"plan, {average:g} bits on average"] = (plan.to_recipe(), plan.loss)
     return found
+
+
+def rows_table(found: dict[str, Any]) -> str:
+    """The rows by size, as Markdown."""
+    choice = found["choice"]
+    lines = [
+        f"{choice['model']}, float {found['float']['perplexity']:.2f}, {choice['score']} windows of {choice['window']} "
+        f"tokens of the evaluation documents of `{choice['text']}`; `{choice['recipe']}` with `{choice['rounding']}` "
+        f"and {choice['learn_scales']} steps of learning scales, calibrated on {choice['calibrate']} windows. "
+        f"{found['machine']}.",
+        "",
+        "| widths | file | perplexity | over float | nats more | expected of the weights |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, r in found["rows"].items():
+        lines.append(
+            f"| {name} | {r['bytes'] / 1e6:.1f} MB | {r['perplexity']:.2f} | {math.exp(r['nll_increase']):.3f} | "
+            f"{r['nll_increase']:.3f} ± {r['standard_error']:.3f} | {r['expected_loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_guide(found: dict[str, Any], *, picture: bool) -> None:
+    """The guide's table, and its picture."""
+    text = GUIDE.read_text(encoding="utf-8")
+    write_text(GUIDE, replace(text, MARKER, rows_table(found), script="benchmarks/plan.py"))
+    if picture:
+        write_text(PICTURE, draw(found["rows"], found["float"]["perplexity"]))
 
 
 def draw(rows: dict[str, dict[str, Any]], base: float) -> str:
@@ -101,8 +134,8 @@ def draw(rows: dict[str, dict[str, Any]], base: float) -> str:
 def main() -> None:
     """Every row that has no figures yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a float checkpoint folder")
-    parser.add_argument("--text", type=Path, required=True, help="documents, every fourth held out")
+    parser.add_argument("model", type=Path, nargs="?", help="a float checkpoint folder")
+    parser.add_argument("--text", type=Path, help="documents, every fourth held out")
     parser.add_argument("--recipe", default="llama-w8a8o8", help="everything but the widths")
     parser.add_argument("--rounding", choices=["nearest", "gptq"], default="nearest")
     parser.add_argument("--learn-scales", type=int, default=64, help="steps, for both kinds of row")
@@ -114,8 +147,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--table-only", action="store_true", help="measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if given.table_only:
+        write_guide(json.loads(given.results.read_text(encoding="utf-8")), picture=given.draw)
+        return
+    if given.model is None or given.text is None:
+        parser.error("needs MODEL and --text, or --table-only")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     choice = {"model": given.model.name, "text": given.text.name, "window": WINDOW}
@@ -123,7 +162,7 @@ def main() -> None:
         k: getattr(given, k)
         for k in ("recipe", "rounding", "learn_scales", "measure", "measure_window", "calibrate", "score")
     }
-    results: dict[str, Any] = {"choice": choice, "rows": {}}
+    results: dict[str, Any] = {"choice": choice, "machine": machine(given.device), "rows": {}}
     if given.results.exists():
         results = json.loads(given.results.read_text(encoding="utf-8"))
         if results["choice"] != choice:
@@ -172,8 +211,8 @@ def main() -> None:
         ],
         right=("MB", "perplexity", "nats more", "expected of the weights"),
     )
-    if given.draw:
-        write_text(PICTURE, draw(rows, results["float"]["perplexity"]))
+    if given.results == RESULTS:
+        write_guide(results, picture=given.draw)
     print(json.dumps({name: r["perplexity"] for name, r in rows.items()}))
 
 
