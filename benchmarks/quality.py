@@ -60,6 +60,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4-groups": ("4 bits, `--recipe llama-w4a8o8-g32`", _GROUPS4),
     "w8-as-it-is": ("8 bits, `--recipe llama-w8a8o8 --no-rotate`", {**_BEST8, **_STILL}),
     "w4-as-it-is": ("4 bits, `--recipe llama-w4a8o8 --no-rotate`", {**_BEST4, **_STILL}),
+    "w4-groups-as-it-is-unlearned": (
+        "4 bits, `--recipe llama-w4a8o8-g32 --no-rotate --learn-scales 0`",
+        {**_GROUPS4, **_STILL, **_PLAIN},
+    ),
     "w4-groups-as-it-is": ("4 bits, `--recipe llama-w4a8o8-g32 --no-rotate`", {**_GROUPS4, **_STILL}),
 }
 """By key: what the row is called, and its recipe."""
