@@ -32,10 +32,11 @@ from bytelane.cli.output import size, table, write_json, write_text
 from bytelane.quantize import Recipe
 from readme import replace
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 GUIDE = ROOT / "docs" / "quantizing.md"
-MARKER = "perplexity of recipes"
+MARKERS = {RESULTS: "perplexity of recipes", RESULTS.with_name("quality_gemma.json"): "perplexity of recipes, Gemma 3"}
+"""By result file: which of the guide's tables it makes."""
 
 _PLAIN: dict[str, Any] = {"learn_scales": 0}
 _STILL: dict[str, Any] = {"rotate": False}
@@ -217,9 +218,9 @@ def main() -> None:
             found["date"] = time.strftime("%Y-%m-%d")
             found["versions"] = {n: importlib.metadata.version(n) for n in ("bytelane", "torch", "transformers")}
             write_json(given.json, found)
-    if given.json == RESULTS:
+    if (marker := MARKERS.get(given.json.resolve())) is not None:
         text = GUIDE.read_text(encoding="utf-8")
-        write_text(GUIDE, replace(text, MARKER, rows_table(found), script="benchmarks/quality.py"))
+        write_text(GUIDE, replace(text, marker, rows_table(found), script="benchmarks/quality.py"))
     table(
         f"{found['model']}, float {found['float']['perplexity']:.2f}",
         ("row", "perplexity", "over float", "size", "minutes", "memory"),

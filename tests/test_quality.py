@@ -25,10 +25,12 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     return quality
 
 
-def test_the_guide_says_what_the_recipes_gave(quality: Any) -> None:
-    found = json.loads(quality.RESULTS.read_text())
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_guide_says_what_the_recipes_gave(quality: Any, place: int) -> None:
+    file, marker = [*quality.MARKERS.items()][place]
+    found = json.loads(file.read_text())
     text = quality.GUIDE.read_text()
-    assert quality.replace(text, quality.MARKER, quality.rows_table(found), script="benchmarks/quality.py") == text
+    assert quality.replace(text, marker, quality.rows_table(found), script="benchmarks/quality.py") == text
     for row in found["rows"].values():
         made = quality.scored(row["window_nll"], found["float"]["window_nll"])
         assert made == {k: row[k] for k in made}
@@ -36,9 +38,23 @@ def test_the_guide_says_what_the_recipes_gave(quality: Any) -> None:
 
 
 def test_a_row_has_the_recipe_it_is_called_after(quality: Any) -> None:
-    rows = json.loads(quality.RESULTS.read_text())["rows"]
-    for key, row in rows.items():
-        assert Recipe.of(row["recipe"]) == Recipe.of(quality.ROWS[key][1])
+    for file in quality.MARKERS:
+        for key, row in json.loads(file.read_text())["rows"].items():
+            assert Recipe.of(row["recipe"]) == Recipe.of(quality.ROWS[key][1])
+
+
+def test_the_guide_says_what_plans_gave(quality: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    import plan
+
+    found = json.loads(plan.RESULTS.read_text())
+    text = plan.GUIDE.read_text()
+    assert quality.replace(text, plan.MARKER, plan.rows_table(found), script="benchmarks/plan.py") == text
+    assert plan.PICTURE.read_text() == plan.draw(found["rows"], found["float"]["perplexity"])
+    for row in found["rows"].values():
+        made = quality.scored(row["window_nll"], found["float"]["window_nll"])
+        assert made["perplexity"] == pytest.approx(row["perplexity"])
+        assert math.log(made["ratio"]) == pytest.approx(row["nll_increase"])
 
 
 def test_a_recipe_is_scored_window_by_window(quality: Any) -> None:

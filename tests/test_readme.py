@@ -141,7 +141,7 @@ def test_the_gpu_figures_are_the_tables(gpu_table: Any) -> None:
     )
 
 
-def test_the_tuning_guide_says_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tuning_guide_says_what_the_results_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import json
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
@@ -154,6 +154,10 @@ def test_the_tuning_guide_says_what_the_results_say(monkeypatch: pytest.MonkeyPa
     assert (SCRIPTS.parent / "docs" / "images" / "tuning.svg").read_text() == tune_report.svg(measured)
     with pytest.raises(SystemExit, match="no <!--"):
         tune_report.replace("a guide without marks", "")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(tune_report.RESULTS[0].read_text()), "evaluated_tokens": 1}))
+    with pytest.raises(SystemExit, match="scores 1 tokens, others 20440"):
+        tune_report.merged([tune_report.RESULTS[0], other])
     steps = json.loads((SCRIPTS / "results" / "tune_step_h200.json").read_text())["steps"]
     for line in steps:
         cells = (

@@ -424,10 +424,8 @@ def test_the_command_tunes_stops_and_resumes(tmp_path, capsys) -> None:
     loaded = load_model(tmp_path / "out", float_ops="torch")
     assert loaded.config.tie_word_embeddings is True
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert (
-        done["windows"]
-        < tune_command(tmp_path, capsys, "--window", "40", "--steps", "1", "--write", "40", "--overwrite")["windows"]
-    )
+    written = ["--write", "40", "--write-batch", "30", "--overwrite"]
+    assert done["windows"] < tune_command(tmp_path, capsys, "--window", "40", "--steps", "1", *written)["windows"]
     again = tune_command(tmp_path, capsys, "--steps", "3", *state, "--resume", "--overwrite")
     assert again["report"]["losses"] == done["report"]["losses"]  # there was nothing left to do
     refused = tune_command(tmp_path, capsys, "--steps", "3")

@@ -58,6 +58,9 @@ def tune(
     write: Annotated[
         int, typer.Option(min=0, help="Windows of text that the float model writes itself, to train on with the rest.")
     ] = 0,
+    write_batch: Annotated[
+        int, typer.Option(min=1, help="Windows that it writes at a time; a GPU has room for many more.")
+    ] = 64,
     step_count: Annotated[
         int | None,
         typer.Option("--steps", min=1, help="Optimizer steps, at most; 500, or with --minutes as many as fit."),
@@ -151,6 +154,7 @@ def tune(
             observe=observe,
             evaluate=evaluate,
             write=write,
+            write_batch=write_batch,
             kv_cache=kv_cache,
             dtype=chosen,
             mixed_precision=mixed_precision,

@@ -19,7 +19,7 @@ from bytelane.tune.export import export_checkpoint
 from bytelane.tune.loop import Progress, TuneReport, TuneSettings, tune
 from bytelane.tune.state import check_state_folder
 from bytelane.tune.student import prepare
-from bytelane.tune.written import written_windows
+from bytelane.tune.written import WRITE_BATCH, written_windows
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def tune_checkpoint(
     observe: int = 32,
     evaluate: int = 0,
     write: int = 0,
+    write_batch: int = WRITE_BATCH,
     kv_cache: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     mixed_precision: str = "no",
@@ -86,6 +87,8 @@ def tune_checkpoint(
         observe: windows that the starting ranges come from.
         evaluate: windows of the evaluation split to score; 0 for none. Needs `split="calibration"`.
         write: windows that the float model writes itself, to train on with the text: see `bytelane.tune.written`.
+            With `mixed_precision="bf16"` it writes in bfloat16.
+        write_batch: windows that it writes at a time.
         kv_cache: learn static int8 scales of the KV cache too.
         dtype: of what stays float in the checkpoint.
         mixed_precision: of the float arithmetic around the codes, `"no"` or `"bf16"`.
@@ -118,7 +121,9 @@ def tune_checkpoint(
     observed = used[:observe]
     if write:
         note = None if progress is None else lambda done: progress("write", done, write)
-        used = used + written_windows(model.eval(), used, write, seed=settings.seed, progress=note)
+        writer = copy.deepcopy(model).to(torch.bfloat16) if mixed_precision == "bf16" else model
+        used += written_windows(writer.eval(), used, write, batch=write_batch, seed=settings.seed, progress=note)
+        del writer
     student = prepare(model, recipe, observed, kv_cache=kv_cache, progress=progress)
     report = tune(
         student,
