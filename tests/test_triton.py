@@ -434,7 +434,7 @@ def test_a_model_on_a_gpu_has_them():
     x = torch.linspace(-3, 5, 128).reshape(2, 64).to(torch.bfloat16)
     with torch.inference_mode():
         y = model.model.norm(x.cuda()).cpu()
-    assert torch.equal(y, float_ops.norm_rows(x, norm_part(model.model.norm).norm(), isa=isa))
+    assert torch.equal(y, float_ops.norm_rows(x, norm_part(model.model.norm.cpu()).norm(), isa=isa))
 
 
 def test_a_model_on_the_cpu_keeps_its_norms():

@@ -37,6 +37,9 @@ class AnswerOptions:
         float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest p of probability.")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+    graph: Annotated[
+        bool, typer.Option(help="On CUDA, capture the decoding step as a CUDA graph where the model allows it.")
+    ] = True
 
     def sampling(self) -> Sampling:
         """As a request."""
@@ -69,7 +72,7 @@ def run(
     Example: `bytelane run ./my-model "What is the capital of France?" --greedy`
     """
     from bytelane.cli.common import load
-    from bytelane.generation import encode, generate, peak_memory_bytes
+    from bytelane.generation import decoding, encode, generate, peak_memory_bytes
 
     loaded, tokenizer, directory = load(model, options)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -81,6 +84,7 @@ def run(
         max_new_tokens=max_new_tokens,
         sampling=asked.sampling(),
         on_text=(lambda _: None) if json_output else _write,
+        graph=asked.graph,
     )
     memory = peak_memory_bytes()
     if json_output:
@@ -88,6 +92,7 @@ def run(
             "numerics": options.numerics,
             "kv_cache": loaded.bytelane_kv_cache,
             "float_ops": loaded.bytelane_float_ops,
+            "decoding": decoding(loaded, graph=asked.graph)[0],
         }
         emit({"model": str(directory), **ways, "text": answer, **stats.as_dict(), "peak_memory": memory})
         return
@@ -129,7 +134,7 @@ def chat(
 
     loaded, tokenizer, _ = load(model, options)
     sampling = asked.sampling()
-    session = ChatSession(loaded, tokenizer, system=asked.system)
+    session = ChatSession(loaded, tokenizer, system=asked.system, graph=asked.graph)
     while (line := _ask(json_output)) is not None:
         if line in ("/exit", "/quit"):
             break
