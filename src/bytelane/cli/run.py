@@ -71,12 +71,13 @@ def run(
 
     Example: `bytelane run ./my-model "What is the capital of France?" --greedy`
     """
-    from bytelane.cli.common import load
-    from bytelane.generation import decoding, encode, generate, peak_memory_bytes
+    from bytelane.cli.common import load, prepare
+    from bytelane.generation import PREFILL_TOKENS, decoding, encode, generate, peak_memory_bytes
 
     loaded, tokenizer, directory = load(model, options)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode(tokenizer, text if raw else _messages(asked.system, text), raw=raw)
+    prepare(loaded, {1, min(ids.shape[1], PREFILL_TOKENS), ids.shape[1] % PREFILL_TOKENS} - {0})
     answer, stats = generate(
         loaded,
         tokenizer,
@@ -129,10 +130,11 @@ def chat(
     conversation, `/exit` ends it. With `--json`, each line of standard input is a message and each answer is a line of
     JSON.
     """
-    from bytelane.cli.common import load
+    from bytelane.cli.common import load, prepare
     from bytelane.generation import ChatSession, peak_memory_bytes
 
     loaded, tokenizer, _ = load(model, options)
+    prepare(loaded)
     sampling = asked.sampling()
     session = ChatSession(loaded, tokenizer, system=asked.system, graph=asked.graph)
     while (line := _ask(json_output)) is not None:
