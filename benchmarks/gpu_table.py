@@ -5,8 +5,8 @@
 
 They come from `benchmarks/results/`: `gpu_linear_h100.json` (`gpu_linear.py --no-peers`: each shape's and width's
 microseconds, and the percent of the limit measured in the same run), `gpu_tune_h100.json` (`gpu_tune.py`, where it has
-the tile that ships: its time instead), `gpu_peers_h100.json` (the same beside peers: how
-many times as long each took) and `gpu_generate_h100.json` (`gpu_generate.py`: tokens a second of whole models).
+the tile that ships: its time instead), `gpu_peers_h100.json` (the same beside peers: how many times as long each took,
+and a `note` where runs were joined) and `gpu_generate_h100.json` (`gpu_generate.py`: tokens a second of whole models).
 """
 
 from __future__ import annotations
@@ -75,18 +75,20 @@ def tuned(measured: dict[str, Any], sweep: dict[str, Any]) -> dict[str, Any]:
     return {**measured, "results": rows}
 
 
-def beside_peers(measured: dict[str, Any], rows: set[int]) -> str:
-    """Microseconds, percent of the limit, and each peer's time over bytelane's."""
+def beside_peers(measured: dict[str, Any]) -> str:
+    """Of each layer and width, over all numbers of rows: the mean of each peer's time over ours, and the least."""
     present = [p for p in PEERS if any(p in r["seconds"] for r in measured["results"])]
     made = []
-    for r in measured["results"]:
-        if r["m"] in rows:
-            ratios = (r["seconds"][p] / r["seconds"]["bytelane"] if p in r["seconds"] else None for p in present)
-            texts = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-            made.append(
-                [f"{r['in']} x {r['out']}", str(r["bits"]), str(r["m"]), microseconds(r), f"{percent(r)} %", *texts]
-            )
-    return lines(["in x out", "bits", "M", "us", "of the limit", *(f"{p} takes" for p in present)], made)
+    for k, n, bits in dict.fromkeys((r["in"], r["out"], r["bits"]) for r in measured["results"]):
+        rows = [r for r in measured["results"] if (r["in"], r["out"], r["bits"]) == (k, n, bits)]
+        texts = []
+        for peer in present:
+            ratios = {r["m"]: r["seconds"][peer] / r["seconds"]["bytelane"] for r in rows if peer in r["seconds"]}
+            least = min(ratios, key=lambda m, ratios=ratios: ratios[m]) if ratios else None
+            mean = f"{statistics.geometric_mean(ratios.values()):.2f}" if ratios else ""
+            texts.append(mean if least is None else f"{mean} ({ratios[least]:.2f} at M = {least})")
+        made.append([f"{k} x {n}", str(bits), *texts])
+    return lines(["in x out", "bits", *(f"{p} takes" for p in present)], made)
 
 
 def against_peers(measured: dict[str, Any]) -> str:
@@ -146,7 +148,6 @@ def figures(
     linear: dict[str, Any], sweep: dict[str, Any], peers: dict[str, Any], generate: dict[str, Any] | None
 ) -> str:
     """The README's text between the markers."""
-    peer_rows = {r["m"] for r in peers["results"]}
     parts = [
         f"Measured on {limits_text(linear)}.",
         f"A star marks a tile chosen by a later sweep ({sweep['date']}, another machine with the same card) and its",
@@ -159,9 +160,9 @@ def figures(
         "integer matmul and a compiled output step, and torch in bfloat16. The last columns are their times over ours;",
         "over all rows, the geometric mean (and the least) is",
         f"{against_peers(peers)}.",
-        f"{limits_text(peers)}:",
+        f"{limits_text(peers)}{'; ' + peers['note'] if 'note' in peers else ''}. Over the rows of each layer:",
         "",
-        beside_peers(peers, peer_rows),
+        beside_peers(peers),
     ]
     if generate is not None:
         parts += [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import json
@@ -30,6 +31,7 @@ from bytelane.kernels.triton_configs import (
     FusedTile,
     Tile,
     decodable,
+    last_wave_parts,
     linear_tile,
     power_of_two,
 )
@@ -59,19 +61,47 @@ def fused_candidates(bits: int, rows: int, out_features: int, in_features: int) 
 
 
 def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
-    small = [(64, max(16, min(64, rows)))] if rows <= 64 else [(64, 64), (128, 64), (128, 128)]
-    shapes = small if rows <= 256 else [(128, 128), (128, 64), (256, 64)]
+    if rows > 256:
+        return large_candidates(bits, rows, out_features)
+    shapes = [(64, max(16, min(64, rows)))] if rows <= 64 else [(64, 64), (128, 64), (128, 128)]
     sharing = (1, 2, 3, 4, 5, 6, 8) if rows <= 64 else (1, 2, 3)
-    shared_k = [s for s in sharing if s == 1 or (rows <= 256 and in_features // s >= 1024)]
+    shared_k = [s for s in sharing if s == 1 or in_features // s >= 1024]
     found: list[Tile] = []
     for (bn, bm), bb, warps, stages, splits in itertools.product(
         shapes, (64, 128), (4, 8), (3, 4) if rows > 16 else (4,), shared_k
     ):
-        shared = stages * (bn * bb + bm * bb * planes(bits))
         tiles = -(-out_features // bn) * -(-rows // bm)
         wanted = splits == 1 or tiles * splits <= 132 * 3
-        if wanted and shared <= 220 << 10 and bn * bm // (warps * 32) <= 128 and (warps == 4 or bn * bm > 8192):
+        fits = stage_bytes(bits, bn, bm, bb) * stages <= SHARED and bn * bm // (warps * 32) <= 128
+        if wanted and fits and (warps == 4 or bn * bm > 8192):
             found.append(CodesTile(bn, bm, bb, 8, warps, stages, splits))
+    return found
+
+
+SHARED = 220 << 10
+"""Bytes of shared memory that a program may plan with."""
+
+
+def stage_bytes(bits: int, bn: int, bm: int, bb: int) -> int:
+    return bn * bb + bm * bb * planes(bits)
+
+
+def large_candidates(bits: int, rows: int, out_features: int) -> list[Tile]:
+    """For many rows: with every tile whole, and with what is left after whole waves shared out."""
+    shapes = ((128, 128, 4), (128, 128, 8), (128, 64, 4), (128, 64, 8), (256, 64, 8), (128, 256, 8), (64, 256, 4))
+    found: list[Tile] = []
+    for (bn, bm, warps), bb, stages in itertools.product(shapes, (128,) if bits == 8 else (64, 128), (3, 4)):
+        stage = stage_bytes(bits, bn, bm, bb) * stages
+        if stage > SHARED:
+            continue
+        whole = CodesTile(bn, bm, bb, 8, warps, stages)
+        found.append(whole)
+        # programs at once on a multiprocessor, by shared memory and by sums in registers beside some 80 others
+        together = min(SHARED // stage, 65536 // (32 * warps * (bn * bm // (32 * warps) + 80)))
+        for wave in {132 * together, 132 * min(together, 2)}:
+            parts = last_wave_parts(-(-out_features // bn) * -(-rows // bm), wave)
+            if parts > 1:
+                found.append(dataclasses.replace(whole, splits=parts, wave=wave))
     return found
 
 
@@ -100,7 +130,7 @@ Job = tuple[Tile, int, int, int, int]
 def job_of(tile: Tile, bits: int, rows: int, in_features: int, out_features: int) -> Job:
     """What decides the code: `(tile, bits, rows, K, N)`, of which tiles of many rows care for the first two."""
     if isinstance(tile, CodesTile):
-        return tile, bits, tile.bm, 12288, 512
+        return dataclasses.replace(tile, wave=0), bits, tile.bm, 12288, 512
     return tile, bits, power_of_two(rows), in_features, out_features
 
 

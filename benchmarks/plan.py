@@ -5,7 +5,8 @@
 For every average the checkpoint with one width for all linear layers (where the average is a whole number) and the
 checkpoint of the plan under that average are quantized alike and scored on the same held-out windows. Losses are
 measured once and kept beside the results. A row is written when it is done, and rows that have figures are not run
-again. `--draw` writes the picture in the guide. The last line is JSON.
+again. With the usual result file the guide's table is written; `--draw` writes its picture too, and `--table-only`
+measures nothing. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,17 +25,22 @@ from bytelane.cli.output import table, write_json, write_text
 from bytelane.evaluate import compare_results, perplexity, result_of
 from bytelane.models import load_model
 from bytelane.quantize import Budget, Recipe, load_float_model, plan_bits, quantize_model, read_documents, windows
+from quality import machine
+from readme import replace
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
 PICTURE = ROOT / "docs" / "images" / "plan.svg"
 WINDOW = 512
+GUIDE = ROOT / "docs" / "quantizing.md"
+MARKER = "plans beside one width for all"
 PINNED = {"lm_head|embed_tokens": 8}
 
 
 def recipes(given: argparse.Namespace, model: Any, tokenizer: Any, texts: list[str]) -> dict[str, tuple[Recipe, float]]:
     """By row: the recipe, and the loss that the measurement expects of it."""
     base = Recipe.load(given.recipe).model_dump(mode="json") | {"rounding": given.rounding, "bits": PINNED}
+    base["learn_scales"] = given.learn_scales
     losses = given.results.with_suffix(".losses.json")
     found: dict[str, tuple[Recipe, float]] = {}
     for average in given.average:
@@ -56,6 +62,34 @@ def recipes(given: argparse.Namespace, model: Any, tokenizer: Any, texts: list[s
             found[f"{bits} bits for all"] = (Recipe.of(base | {"default_bits": bits}), expected)
         found[f"plan, {average:g} bits on average"] = (plan.to_recipe(), plan.loss)
     return found
+
+
+def rows_table(found: dict[str, Any]) -> str:
+    """The rows by size, as Markdown."""
+    choice = found["choice"]
+    lines = [
+        f"{choice['model']}, float {found['float']['perplexity']:.2f}, {choice['score']} windows of {choice['window']} "
+        f"tokens of the evaluation documents of `{choice['text']}`; `{choice['recipe']}` with `{choice['rounding']}` "
+        f"and {choice['learn_scales']} steps of learning scales, calibrated on {choice['calibrate']} windows. "
+        f"{found['machine']}.",
+        "",
+        "| widths | file | perplexity | over float | nats more | expected of the weights |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, r in found["rows"].items():
+        lines.append(
+            f"| {name} | {r['bytes'] / 1e6:.1f} MB | {r['perplexity']:.2f} | {math.exp(r['nll_increase']):.3f} | "
+            f"{r['nll_increase']:.3f} ± {r['standard_error']:.3f} | {r['expected_loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_guide(found: dict[str, Any], *, picture: bool) -> None:
+    """The guide's table, and its picture."""
+    text = GUIDE.read_text(encoding="utf-8")
+    write_text(GUIDE, replace(text, MARKER, rows_table(found), script="benchmarks/plan.py"))
+    if picture:
+        write_text(PICTURE, draw(found["rows"], found["float"]["perplexity"]))
 
 
 def draw(rows: dict[str, dict[str, Any]], base: float) -> str:
@@ -100,29 +134,40 @@ def draw(rows: dict[str, dict[str, Any]], base: float) -> str:
 def main() -> None:
     """Every row that has no figures yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a float checkpoint folder")
-    parser.add_argument("--text", type=Path, required=True, help="documents, every fourth held out")
-    parser.add_argument("--recipe", default="smollm2-w8a8o8", help="everything but the widths")
+    parser.add_argument("model", type=Path, nargs="?", help="a float checkpoint folder")
+    parser.add_argument("--text", type=Path, help="documents, every fourth held out")
+    parser.add_argument("--recipe", default="llama-w8a8o8", help="everything but the widths")
     parser.add_argument("--rounding", choices=["nearest", "gptq"], default="nearest")
+    parser.add_argument("--learn-scales", type=int, default=64, help="steps, for both kinds of row")
     parser.add_argument("--average", type=float, nargs="+", default=[4.0])
     parser.add_argument("--measure", type=int, default=16, help="windows to measure losses on")
     parser.add_argument("--measure-window", type=int, default=256)
     parser.add_argument("--calibrate", type=int, default=8, help="windows that ranges come from")
     parser.add_argument("--score", type=int, default=40, help="windows to score")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--table-only", action="store_true", help="measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if given.table_only:
+        write_guide(json.loads(given.results.read_text(encoding="utf-8")), picture=given.draw)
+        return
+    if given.model is None or given.text is None:
+        parser.error("needs MODEL and --text, or --table-only")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     choice = {"model": given.model.name, "text": given.text.name, "window": WINDOW}
-    choice |= {k: getattr(given, k) for k in ("recipe", "rounding", "measure", "measure_window", "calibrate", "score")}
-    results: dict[str, Any] = {"choice": choice, "rows": {}}
+    choice |= {
+        k: getattr(given, k)
+        for k in ("recipe", "rounding", "learn_scales", "measure", "measure_window", "calibrate", "score")
+    }
+    results: dict[str, Any] = {"choice": choice, "machine": machine(given.device), "rows": {}}
     if given.results.exists():
         results = json.loads(given.results.read_text(encoding="utf-8"))
         if results["choice"] != choice:
             sys.exit(f"{given.results} is of {results['choice']}, not of {choice}")
-    model, tokenizer = load_float_model(given.model)
+    model, tokenizer = load_float_model(given.model, device=given.device)
     texts = read_documents(given.text, "calibration")
     held = windows(tokenizer, read_documents(given.text, "evaluation"), length=WINDOW, limit=given.score)
     if "float" not in results:
@@ -139,7 +184,7 @@ def main() -> None:
             report = quantize_model(
                 model, tokenizer, texts, recipe, out, window=WINDOW, max_windows=given.calibrate, dtype=torch.bfloat16
             )
-            scored = perplexity(load_model(out, dtype=torch.float32), held)
+            scored = perplexity(load_model(out, dtype=torch.float32, device=given.device), held)
         paired = compare_results(reference, scored)
         results["rows"][name] = {
             "perplexity": scored.perplexity,
@@ -166,8 +211,8 @@ def main() -> None:
         ],
         right=("MB", "perplexity", "nats more", "expected of the weights"),
     )
-    if given.draw:
-        write_text(PICTURE, draw(rows, results["float"]["perplexity"]))
+    if given.results == RESULTS:
+        write_guide(results, picture=given.draw)
     print(json.dumps({name: r["perplexity"] for name, r in rows.items()}))
 
 

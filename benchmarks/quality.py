@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bytelane.cli.output import size, table, write_json, write_text
 from bytelane.quantize import Recipe
 from readme import replace
@@ -35,26 +37,34 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 GUIDE = ROOT / "docs" / "quantizing.md"
 MARKER = "perplexity of recipes"
 
+_PLAIN: dict[str, Any] = {"learn_scales": 0}
+_STILL: dict[str, Any] = {"rotate": False}
 _W8: dict[str, Any] = {"embeddings": 8}
 _W4: dict[str, Any] = {"default_bits": 4, "bits": {"lm_head|embed_tokens": 8}, "embeddings": 8}
+_BEST = ("w8a8o8", "w4a8o8", "w4a8o8-g32")
 _MSE = {"range": {"method": "mse"}}
-_GROUPS = {"granularity": {"lm_head|embed_tokens": "channel", "": 32}}
-_BEST8, _BEST4 = (Recipe.load(f"llama-w{bits}a8o8").model_dump(mode="json") for bits in (8, 4))
-# The two layers that make and unmake SmolLM2's massive activation.
-_BITS = {"layers\\.(11|28)\\.mlp\\.down_proj$": 8, **_BEST4["bits"]}
-_MIXED4 = {**_BEST4, "bits": _BITS}
+_BEST8, _BEST4, _GROUPS4 = (Recipe.load(f"llama-{name}").model_dump(mode="json") for name in _BEST)
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w8": ("8 bits, min-max", _W8),
     "w8-equalize": ("8 bits, `--equalize --range mse`", {**_W8, **_MSE, "equalize": True}),
     "w8-rotate": ("8 bits, `--rotate --equalize --range mse`", {**_W8, **_MSE, "rotate": True, "equalize": True}),
+    "w8-unlearned": ("8 bits, `--recipe llama-w8a8o8 --learn-scales 0`", {**_BEST8, **_PLAIN}),
     "w8-best": ("8 bits, `--recipe llama-w8a8o8`", _BEST8),
     "w8-best-head": ("the same, and the head's sides too", {**_BEST8, "head": "full"}),
     "w4-weights": ("4 bits, weights alone, to nearest", {**_W4, "no_input": [""], "no_output": [""]}),
     "w4-nearest": ("4 bits, `--recipe llama-w4a8o8 --rounding nearest`", {**_BEST4, "rounding": "nearest"}),
+    "w4-unlearned": ("4 bits, `--recipe llama-w4a8o8 --learn-scales 0`", {**_BEST4, **_PLAIN}),
     "w4": ("4 bits, `--recipe llama-w4a8o8`", _BEST4),
-    "w4-best": ("4 bits, `--recipe llama-w4a8o8` but two `down_proj` at 8", _MIXED4),
-    "w4-groups": ("the same in groups of 32", {**_MIXED4, **_GROUPS}),
+    "w4-groups-unlearned": ("4 bits, `--recipe llama-w4a8o8-g32 --learn-scales 0`", {**_GROUPS4, **_PLAIN}),
+    "w4-groups": ("4 bits, `--recipe llama-w4a8o8-g32`", _GROUPS4),
+    "w8-as-it-is": ("8 bits, `--recipe llama-w8a8o8 --no-rotate`", {**_BEST8, **_STILL}),
+    "w4-as-it-is": ("4 bits, `--recipe llama-w4a8o8 --no-rotate`", {**_BEST4, **_STILL}),
+    "w4-groups-as-it-is-unlearned": (
+        "4 bits, `--recipe llama-w4a8o8-g32 --no-rotate --learn-scales 0`",
+        {**_GROUPS4, **_STILL, **_PLAIN},
+    ),
+    "w4-groups-as-it-is": ("4 bits, `--recipe llama-w4a8o8-g32 --no-rotate`", {**_GROUPS4, **_STILL}),
 }
 """By key: what the row is called, and its recipe."""
 
@@ -106,7 +116,7 @@ def float_row(given: argparse.Namespace) -> dict[str, Any]:
     from bytelane.evaluate import perplexity
     from bytelane.quantize import load_float_model, read_documents, windows
 
-    model, tokenizer = load_float_model(given.model)
+    model, tokenizer = load_float_model(given.model, device=given.device)
     held = windows(tokenizer, read_documents(given.text, "evaluation"), length=given.window, limit=given.score)
     found = perplexity(model, held)
     weights = {id(p): p.numel() for p in model.parameters()}
@@ -127,10 +137,11 @@ def quantized_row(given: argparse.Namespace, key: str, found: dict[str, Any]) ->
         file.write_text(json.dumps(recipe), encoding="utf-8")
         threads = [] if given.threads is None else ["--threads", given.threads]
         options = ["--text", given.text, "--split", "calibration", "--window", given.window, *threads]
-        options += ["--windows", given.calibrate, "--recipe", file, "--overwrite"]
+        options += ["--windows", given.calibrate, "--recipe", file, "--overwrite", "--device", given.device]
         made = command(["quantize", given.model, out, *options])
         tokens = given.score * given.window
         options = ["--split", "evaluation", "--window", given.window, "--max-tokens", tokens, "--dtype", "float32"]
+        options += ["--device", given.device]
         (run,) = command(["eval", out, given.text, *options, *threads])["results"]
     return {
         **scored(run["window_nll"], found["float"]["window_nll"]),
@@ -152,6 +163,11 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def machine(device: str) -> str:
+    """What measures: a GPU or the processor."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+
+
 def header(given: argparse.Namespace) -> dict[str, Any]:
     """What all rows of a file have in common."""
     return {
@@ -160,6 +176,7 @@ def header(given: argparse.Namespace) -> dict[str, Any]:
         "text_sha256": hashlib.sha256(given.text.read_bytes()).hexdigest(),
         "score": {"windows": given.score, "window": given.window},
         "calibration_windows": given.calibrate,
+        "machine": machine(given.device),
     }
 
 
@@ -174,6 +191,7 @@ def main() -> None:
     parser.add_argument("--score", type=int, default=40, help="windows to score")
     parser.add_argument("--calibrate", type=int, default=32, help="windows to calibrate on")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="a folder to keep the checkpoints in")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--table-only", action="store_true", help="measure nothing")
@@ -187,7 +205,7 @@ def main() -> None:
         if other:
             parser.error(f"{given.json} has figures of another {', '.join(other)}; name another file with --json")
         if not found:
-            found = {**common, "machine": cpu_name(), "date": time.strftime("%Y-%m-%d"), "rows": {}}
+            found = {**common, "date": time.strftime("%Y-%m-%d"), "rows": {}}
             found["float"] = float_row(given)
             write_json(given.json, found)
         for key in given.only or ROWS:

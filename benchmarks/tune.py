@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from bytelane.evaluate import perplexity
 from bytelane.quantize import Recipe, load_float_model, read_documents, windows
@@ -38,6 +39,12 @@ from bytelane.tune import (
 VARIANTS: dict[str, dict[str, Any]] = {
     "w8a8o8": {"default_bits": 8, "embeddings": 8},
     "w4a8o8": {"default_bits": 4, "embeddings": 8, "bits": {"^lm_head$": 8}},
+    "w4a8o8-g32": {
+        "default_bits": 4,
+        "embeddings": 8,
+        "bits": {"^lm_head$": 8},
+        "granularity": {"lm_head|embed_tokens": "channel", "": 32},
+    },
     "mobile": {
         "default_bits": 4,
         "bits": {"^lm_head$": 2, "layers\\.(1[3-9]|2\\d)\\.mlp\\.": 2},
@@ -46,6 +53,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Recipes; `mobile` is the phone's map on 30 layers: 4-bit attention and lower MLPs, the rest 2 bits."""
 
+
+SETTLED = {
+    "rounding": "gptq",
+    "search": 4,
+    "learn_scales": 64,
+    "output_ranges": {"mlp\\.gate_proj$": {"method": "minmax"}},
+}
+"""What the shipped recipes do before training starts."""
 
 EACH: tuple[tuple[str, Any, Any, str], ...] = (
     ("--seconds", float, 60.0, "seconds of training"),
@@ -80,6 +95,23 @@ def curve(losses: tuple[float, ...], points: int = 100) -> list[list[float]]:
     return [[round((i + 0.5) / len(parts), 4), round(sum(p) / len(p), 4)] for i, p in enumerate(parts)]
 
 
+def written(given: argparse.Namespace, teacher: Any, first: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Windows that the float model writes, in bfloat16 on a GPU, or those that the file has of it."""
+    if given.written is not None and given.written.exists():
+        held = load_file(given.written)["windows"]
+        if held.shape != (given.write, given.window):
+            raise SystemExit(f"{given.written} has windows {tuple(held.shape)}; name another file with --written")
+        return list(held.to(torch.int64))
+    started = time.perf_counter()
+    on_gpu = next(teacher.parameters()).is_cuda
+    writer = copy.deepcopy(teacher).to(torch.bfloat16) if on_gpu else teacher
+    made = written_windows(writer, first, given.write, batch=given.write_batch)
+    print("wrote", given.write, "windows in", round(time.perf_counter() - started, 1), "s", flush=True)
+    if given.written is not None:
+        save_file({"windows": torch.stack(made).to(torch.int32)}, given.written)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -89,10 +121,12 @@ def main() -> None:
     parser.add_argument("--range", default="mse")
     parser.add_argument("--rotate", action="store_true", help="rotate the student's residual stream first")
     parser.add_argument("--equalize", action="store_true", help="equalize its channels")
+    parser.add_argument("--settle", action="store_true", help="start from GPTQ, searched ranges and learned scales")
     for name, kind, default, meaning in EACH:
         parser.add_argument(name, type=kind, action="append", help=f"{meaning}, for each variant; {default}")
     parser.add_argument("--repeat", type=int, default=1, help="how often an epoch has the windows of --text")
     parser.add_argument("--write", type=int, default=0, help="windows that the float model writes itself")
+    parser.add_argument("--written", type=Path, help="a file for them; what it holds already is not written again")
     parser.add_argument("--write-batch", type=int, default=1024, help="windows that it writes at a time")
     parser.add_argument("--eager", action="store_true", help="neither compile nor record a step on a GPU")
     parser.add_argument("--no-keep", action="store_true", help="compute the teacher in every step")
@@ -114,10 +148,7 @@ def main() -> None:
     for path in given.more:
         text += windows(tokenizer, read_documents(path), length=given.window)
     if given.write:
-        started = time.perf_counter()
-        with run.autocast():
-            text += written_windows(teacher, first, given.write, batch=given.write_batch)
-        print("wrote", given.write, "windows in", round(time.perf_counter() - started, 1), "s", flush=True)
+        text += written(given, teacher, first)
     random.Random(0).shuffle(text)
     held = windows(tokenizer, read_documents(given.text, "evaluation"), length=given.window, limit=given.score)
     result: dict[str, Any] = {
@@ -129,6 +160,7 @@ def main() -> None:
         "evaluated_tokens": sum(w.numel() - 1 for w in held),
         "rotate": given.rotate,
         "equalize": given.equalize,
+        "settle": given.settle,
         "float": perplexity(teacher, held).perplexity,
         "variants": {},
     }
@@ -141,7 +173,8 @@ def main() -> None:
         print("kept the teacher's states in", result["teacher_seconds"], "s", flush=True)
     for variant, values in zip(given.variant, each, strict=True):
         started = time.perf_counter()
-        changes = {"rotate": given.rotate, "equalize": given.equalize}
+        changes: dict[str, Any] = {"rotate": given.rotate, "equalize": given.equalize}
+        changes |= SETTLED if given.settle else {}
         recipe = Recipe.of({**VARIANTS[variant], "head": "weights", "range": given.range, **changes})
         student = prepare(copy.deepcopy(teacher).requires_grad_(True), recipe, observed)
         prepared = time.perf_counter() - started

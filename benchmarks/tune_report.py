@@ -1,9 +1,10 @@
 """The tuning guide's table and curves from what `tune.py` measured.
 
-    python benchmarks/tune_report.py [benchmarks/results/tune_h200.json] [--svg docs/images/tuning.svg] [--write]
+    python benchmarks/tune_report.py [benchmarks/results/tune_*.json] [--svg docs/images/tuning.svg] [--write]
 
-Prints the table; `--svg` draws the loss and the integer model's perplexity over the seconds of training; `--write` puts
-the table into docs/tuning.md, between the comments that name it.
+Prints the table, of several files those of the later ones where two have a variant; `--svg` draws the loss and the
+integer model's perplexity over the seconds of training; `--write` puts the table into docs/tuning.md, between the
+comments that name it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,44 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "tune_h200.json"
+RESULTS = tuple(ROOT / "benchmarks" / "results" / f"tune_{card}.json" for card in ("h200", "h100"))
 GUIDE = ROOT / "docs" / "tuning.md"
 MARKS = ("<!-- figures of tuning -->", "<!-- end of figures of tuning -->")
 NAMES = {
     "w8a8o8": ("8-bit weights", "8 bits"),
     "w4a8o8": ("4-bit weights", "8 bits"),
+    "w4a8o8-g32": ("4-bit weights in groups of 32", "8 bits"),
     "mobile": ("the phone's map: 4 bits, 2 bits in the MLPs of the upper 17 layers", "2 bits"),
 }
-COLOURS = {"w8a8o8": "#2a9d8f", "w4a8o8": "#3a6fb0", "mobile": "#c8553d"}
+COLOURS = {"w8a8o8": "#2a9d8f", "w4a8o8": "#3a6fb0", "w4a8o8-g32": "#8e5ea2", "mobile": "#c8553d"}
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 220, 46, 34, 66
 
 
 def rounded(value: float) -> str:
     return f"{value:.0e}".replace("e+0", "e") if value >= 1e5 else f"{value:.2f}"
+
+
+def merged(files: Iterable[Path]) -> dict[str, Any]:
+    """The results of some files as one; every variant says on what it was measured.
+
+    Raises:
+        SystemExit: they are of different evaluation windows.
+    """
+    found: dict[str, Any] = {}
+    for file in files:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if not found:
+            found = {**held, "variants": {}}
+        if held["evaluated_tokens"] != found["evaluated_tokens"]:
+            raise SystemExit(f"{file} scores {held['evaluated_tokens']} tokens, others {found['evaluated_tokens']}")
+        about = {"device": held["device"], "windows": held["windows"], "written": held.get("written_windows", 0)}
+        found["variants"] |= {name: {**values, **about} for name, values in held["variants"].items()}
+    return found
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -41,7 +62,8 @@ def table(measured: dict[str, Any]) -> str:
             continue
         v = measured["variants"][variant]
         training = (
-            f"{v['seconds']:.0f} s, {v['steps']} steps, {v['tokens'] / 1e6:.1f} million tokens, rate {v['rate']:g}"
+            f"{v['device'].split()[1]}, {v['seconds']:.0f} s, {v['steps']} steps, "
+            f"{v['tokens'] / 1e6:.1f} million tokens, rate {v['rate']:g}"
         )
         rows.append([layers, table_bits, rounded(v["untuned"]), rounded(v["tuned"]), f"{v['ratio']:.2f}", training])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
@@ -130,11 +152,11 @@ def replace(text: str, made: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("results", type=Path, nargs="*", default=RESULTS)
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    measured = json.loads(given.results.read_text(encoding="utf-8"))
+    measured = merged(given.results)
     made = table(measured)
     print(made)
     if given.svg is not None:

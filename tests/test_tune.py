@@ -17,7 +17,8 @@ import tiny
 from bytelane.cli import main
 from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
 from bytelane.models import load_model, open_model
-from bytelane.quantize import Recipe, RecipeError
+from bytelane.quantize import Recipe
+from bytelane.quantize.settle import settle
 from bytelane.tune import (
     UNLIMITED_STEPS,
     TunedLinear,
@@ -110,8 +111,30 @@ def test_a_rotated_student_starts_as_the_float_model_and_exports(tmp_path) -> No
     # Each of the 30 or so roundings adds noise of about 1/127 of a range.
     assert (found - expected).norm() < 0.1 * expected.norm()
     assert not student.plan.tied
-    with pytest.raises(RecipeError, match="leave `rounding` and `search` out"):
-        student_of(tied_llama(), rounding="gptq")
+
+
+@pytest.mark.parametrize("more", [{"rounding": "gptq"}, {"search": 2}, {"rounding": "gptq", "learn_scales": 8}])
+def test_a_student_starts_where_a_recipe_leaves_the_model(tmp_path, more) -> None:
+    """GPTQ, searched ranges and learned scales: the first integer model is the checkpoint that they make."""
+    model = tied_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe = Recipe.of({**RECIPE, "rotate": True, "equalize": True, "range": "mse", "granularity": {"mlp": 16}, **more})
+    settled = settle(model, make_windows(), recipe)
+    student = prepare(model, recipe, make_windows())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for module in settled.plan.modules:
+        layer = student.model.get_submodule(module.name)
+        codes, scale = layer.codes()
+        if module.name in settled.rounded:
+            assert torch.equal(codes, settled.rounded[module.name][0])
+            torch.testing.assert_close(scale, settled.rounded[module.name][1], rtol=1e-6, atol=0)
+        for side, sides in (("input", settled.inputs), ("output", settled.outputs)):
+            if module.name in sides:
+                found = getattr(layer, f"{side}_scale")
+                torch.testing.assert_close(found, sides[module.name].scale, rtol=1e-6, atol=0)
+    assert bool(settled.rounded) == ("rounding" in more)
+    report = tune(student, tied_llama(), make_windows(), TuneSettings(steps=2, batch=2))
+    assert report.steps == 2
 
 
 def test_layers_that_share_an_input_share_its_scale() -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bytelane.cli.output import JsonOption, ModelArgument, ThreadsOption, TrustOption, emit, progress, size, steps
+from bytelane.cli.output import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    ThreadsOption,
+    TrustOption,
+    emit,
+    progress,
+    size,
+    steps,
+)
 from bytelane.cli.planning import (
     AverageBitsOption,
     LossBudgetOption,
@@ -122,6 +132,10 @@ def quantize(
     search: Annotated[
         int | None, typer.Option(min=0, help="Choose the ranges of this many of the loudest tensors by loss.")
     ] = None,
+    learn_scales: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="STEPS", help="Learn all scales together in so many steps, a window each."),
+    ] = None,
     kv_cache: Annotated[
         bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Observe int8 scales of the KV cache too.")
     ] = None,
@@ -136,6 +150,7 @@ def quantize(
         typer.Option(metavar="FILE", help="Keep what is observed in FILE, and go on from it where it is there."),
     ] = None,
     overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -150,7 +165,7 @@ def quantize(
 
     Example: `bytelane quantize ./my-model ./my-model-w4 --text wiki.txt --bits 'mlp\.=4' --range 99.99`
     """
-    from bytelane.cli.common import check_split, parse_dtype, quiet, set_threads, source_folder
+    from bytelane.cli.common import check_device, check_split, parse_dtype, quiet, set_threads, source_folder
     from bytelane.errors import OutputExistsError
     from bytelane.quantize import plan_checkpoint, quantize_checkpoint
 
@@ -171,6 +186,7 @@ def quantize(
         "equalize": equalize,
         "rounding": rounding,
         "search": search,
+        "learn_scales": learn_scales,
         "kv_cache": kv_cache,
     }
     budget = chosen_budget(size_budget, average_bits, loss_budget)
@@ -192,6 +208,7 @@ def quantize(
         "window": window,
         "max_windows": windows,
         "dtype": chosen,
+        "device": check_device(device),
     }
     bit_plan = report = None
     if budget is not None:

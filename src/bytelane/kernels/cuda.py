@@ -162,7 +162,7 @@ class _CodesPlan(NamedTuple):
     quantize: Launch
     multiply: Launch
     plane_stride: int
-    tiles: int
+    shared: int
     parts: int
 
 
@@ -177,7 +177,11 @@ def _codes_plan(
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     chunk = -(-triton.cdiv(group_blocks, tile.splits) // tile.bb) * tile.bb
     splits = 1 if groups > 1 else max(triton.cdiv(group_blocks, max(chunk, 1)), 1)
-    shared = splits > 1
+    # the tiles of whole waves have a program each, those after them `splits`
+    whole = tiles // tile.wave * tile.wave if tile.wave and splits > 1 else 0
+    if whole == tiles:
+        splits = 1
+    shared = tiles - whole if splits > 1 else 0
     constants = {
         **_layer_constants(bits, k, outputs, has_bias),
         "GROUPED": groups > 1,
@@ -190,13 +194,14 @@ def _codes_plan(
         "SPLITS": splits,
         "PDL": overlapping,
     }
-    numbers = (m, n, row_bytes, stride, chunk, groups, group_blocks)
+    numbers = (m, n, row_bytes, stride, chunk, whole, groups, group_blocks)
+    programs = (tiles + shared * (splits - 1), 1)
     return _CodesPlan(
-        _planes_launch(m, k, planes(bits), stride, tiles if shared else 0, accumulators, overlapping),
-        Launch(codes_linear, (tiles, splits), numbers, constants, tile.warps, tile.stages, overlapping),
+        _planes_launch(m, k, planes(bits), stride, shared, accumulators, overlapping),
+        Launch(codes_linear, programs, numbers, constants, tile.warps, tile.stages, overlapping),
         stride,
-        tiles if shared else 0,
-        splits * n * m if shared else 0,
+        shared,
+        shared * splits * tile.bn * tile.bm,
     )
 
 
@@ -204,7 +209,7 @@ def _codes(x: Tensor, layer: _Layer, y: Tensor, m: int, form: Layout, tile: Code
     """Activations to planes of codes, then `codes_linear`; without an input scale `x` is codes, to accumulators."""
     accumulators = layer.input_scale is None
     plan = _codes_plan(form, m, tile, layer.outputs, layer.bias is not None, accumulators, overlaps(x.device))
-    arrived = torch.empty(plan.tiles, dtype=torch.int32, device=x.device)
+    arrived = torch.empty(plan.shared, dtype=torch.int32, device=x.device)
     parts = torch.empty(plan.parts, dtype=torch.int32, device=x.device)
     q = torch.empty(m * planes(form.num_bits) * plan.plane_stride, dtype=torch.int8, device=x.device)
     tensors = layer.tensors

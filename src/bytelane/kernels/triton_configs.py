@@ -45,7 +45,11 @@ class DecodeTile:
 
 @dataclass(frozen=True)
 class CodesTile:
-    """Of `codes_linear`: output channels, rows, blocks of codes, channel tiles in a band, warps, stages, parts of K."""
+    """Of `codes_linear`: output channels, rows, blocks of codes, channel tiles in a band, warps, stages, parts of K.
+
+    `wave` is how many programs run at once: only the tiles after whole waves are cut into parts, in the table into as
+    many as `last_wave_parts` says. 0 cuts every tile.
+    """
 
     bn: int
     bm: int
@@ -54,6 +58,7 @@ class CodesTile:
     warps: int
     stages: int
     splits: int = 1
+    wave: int = 0
 
 
 Tile = DecodeTile | FusedTile | CodesTile
@@ -97,16 +102,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "sm90": (
         # one row: byte dots, but where 2 bits leave few bytes to read
         Row(1, FusedTile(16, 1024, 8, 8, 4), bits=2, out_features=NARROW, least_in=4096),
-        Row(1, DecodeTile(4, 1024, 8), bits=4, out_features=NARROW),
+        Row(1, DecodeTile(8, 1024, 8), bits=4, out_features=NARROW),
         Row(1, DecodeTile(4, 1024, 8), bits=8, out_features=NARROW),
         Row(1, DecodeTile(32, 128, 4), bits=2, least_in=4096),
         Row(1, DecodeTile(32, 128, 4), bits=4, least_in=4096),
         Row(1, DecodeTile(16, 128, 4), bits=8, least_in=4096),
         Row(1, DecodeTile(32, 128, 8), bits=4, least_in=2560),
-        Row(1, DecodeTile(16, 256, 8), bits=8, least_in=2560),
-        Row(1, DecodeTile(16, 256, 4), bits=4),
-        Row(1, DecodeTile(32, 128, 8), bits=8),
-        # one launch on tensor cores
+        Row(1, DecodeTile(32, 128, 4), bits=4),
+        Row(1, DecodeTile(32, 128, 8)),
+        # one launch, on tensor cores but where 8 bits leave few sums to each byte
+        Row(4, FusedTile(16, 512, 4, 4, 4), bits=2, out_features=NARROW, least_in=4096),
         Row(4, FusedTile(16, 1024, 8, 8, 4), out_features=NARROW, least_in=4096),
         Row(4, FusedTile(16, 512, 4, 4, 5), bits=2, out_features=NARROW),
         Row(4, FusedTile(16, 512, 8, 8, 4), bits=4, out_features=NARROW),
@@ -115,6 +120,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(2, FusedTile(64, 128, 1, 4, 3), bits=2),
         Row(4, FusedTile(128, 128, 1, 4, 5), bits=2, least_in=4096),
         Row(4, FusedTile(128, 128, 1, 4, 3), bits=2),
+        Row(4, DecodeTile(16, 128, 4), bits=8, least_in=4096),
+        Row(4, FusedTile(64, 128, 1, 4, 5), least_in=2560),
+        Row(4, DecodeTile(16, 128, 4), bits=8),
         Row(4, FusedTile(64, 128, 1, 4, 5)),
         # two: quantizing long rows in every program costs more than a launch
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
@@ -133,13 +141,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(256, CodesTile(128, 64, 128, 8, 4, 3), bits=8, out_features=12288),
         Row(256, CodesTile(128, 128, 64, 8, 4, 3), bits=2),
         Row(256, CodesTile(128, 128, 64, 8, 8, 4), bits=4),
+        Row(1024, CodesTile(128, 64, 64, 8, 4, 3, wave=396), bits=2, out_features=NARROW),
         Row(ANY, CodesTile(128, 64, 64, 8, 4, 3), bits=2, out_features=NARROW),
         Row(ANY, CodesTile(128, 64, 128, 8, 8, 3), bits=4, out_features=NARROW),
-        Row(1024, CodesTile(128, 64, 128, 8, 4, 4), bits=8, out_features=NARROW),
-        Row(ANY, CodesTile(128, 128, 128, 8, 8, 4), bits=8, out_features=NARROW),
-        Row(ANY, CodesTile(256, 64, 64, 8, 8, 3), bits=2, least_in=4096),
+        Row(1024, CodesTile(128, 64, 128, 8, 4, 3, wave=396), bits=8, out_features=NARROW),
+        Row(ANY, CodesTile(128, 128, 128, 8, 4, 3, wave=264), bits=8, out_features=NARROW),
         Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=2),
-        Row(ANY, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
+        Row(1024, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
+        Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=4),
         Row(ANY, CodesTile(128, 128, 128, 8, 8, 3)),
     ),
 }
@@ -175,6 +184,15 @@ def _within(tile: FusedTile, rows: int, num_bits: int, itemsize: int, shared: in
     return _within(dataclasses.replace(tile, stages=stages, bb=bb), rows, num_bits, itemsize, shared)
 
 
+def last_wave_parts(tiles: int, wave: int) -> int:
+    """Parts of K for each of the tiles after whole waves: the fewest that leave little of the last waves idle.
+
+    A part more costs sums written and read again, here 3 % of a tile's time.
+    """
+    left = tiles % wave
+    return min(range(1, 7), key=lambda parts: -(-left * parts // wave) / parts + 0.03 * parts)
+
+
 def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: int) -> Tile:
     """The tile of a row of the table, its blocks and splits made for a layer."""
     tile, blocks = row.tile, -(-in_features // planes(num_bits))
@@ -189,8 +207,8 @@ def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: 
     if isinstance(tile, FusedTile):
         return dataclasses.replace(tile, bb=bb)
     tiles = -(-out_features // tile.bn) * -(-rows // tile.bm)
-    splits = max(1, min(8, row.programs // max(tiles, 1), blocks // (4 * bb)))
-    return dataclasses.replace(tile, bb=bb, splits=splits)
+    wanted = last_wave_parts(tiles, tile.wave) if tile.wave else min(8, row.programs // max(tiles, 1))
+    return dataclasses.replace(tile, bb=bb, splits=max(1, min(wanted, blocks // (4 * bb))))
 
 
 def decodable(rows: int, in_features: int, num_bits: int, group_size: int) -> bool:

@@ -74,19 +74,24 @@ def words_of_codes(codes, BW: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
-def load_step(at, x, first, rows, row_words, in_features, BM: tl.constexpr, BW: tl.constexpr, PLANES: tl.constexpr):
-    """BW words of each weight row from word `first` on, and the activations that meet them, a tensor for each row.
+def load_words(at, first, row_words, BW: tl.constexpr):
+    """BW words of each weight row from word `first` on."""
+    words = first + tl.arange(0, BW)[None, :]
+    return tl.load(at + words, mask=words < row_words, other=0)
+
+
+@triton.jit
+def load_rows(x, first, rows, in_features, BM: tl.constexpr, BW: tl.constexpr, PLANES: tl.constexpr):
+    """The activations that meet BW words from word `first` on, a tensor for each row.
 
     Activations past K, and of rows past M, are 0, whatever they meet.
     """
-    words = first + tl.arange(0, BW)[None, :]
-    packed = tl.load(at + words, mask=words < row_words, other=0)
     k = first * (4 * PLANES) + tl.arange(0, BW * 4 * PLANES)
     floats = ()
     for m in tl.static_range(BM):
         end = tl.where(m < rows, in_features, 0)
         floats = floats + (tl.load(x + m * in_features + k, mask=k < end, other=0.0),)  # noqa: RUF005
-    return packed, floats
+    return floats
 
 
 @triton.jit
@@ -144,28 +149,32 @@ def decode_linear(
     The arguments are `fused_linear`'s (triton_linear.py), for 2, 4 and 8 bits and one scale per channel. `weight` is
     aligned to 16 bytes and so is each of its rows, of `row_words` 4-byte words, STEPS times BW or less. Everything a
     program reads at first is asked for before anything is computed, and each step's loads before the last one's sums.
+
+    A layer's parameters are nobody's output, so what a program needs of them at first is on its way into registers
+    before it waits for the kernel before; only `x` is read after that.
     """
     channels = tl.program_id(0) * BN + tl.arange(0, BN)
     last = out_features - 1
     in_channels = channels < out_features
-    if PDL:
-        # as in `fused_linear`: only the weights may be asked for before the kernel before is done
-        if PREFETCH:
-            prefetch_rows(weight + tl.minimum(channels, last).to(tl.int64) * (row_words * 4), ahead, PIECES)
-        gdc_wait()
-        gdc_launch_dependents()
-    s_in = tl.load(input_scale)
     # Rows past N repeat the last one: their results are not stored.
     at = weight.to(tl.pointer_type(tl.int32)) + tl.minimum(channels, last)[:, None].to(tl.int64) * row_words
-    packed, floats = load_step(at, x, 0, rows, row_words, in_features, BM, BW, PLANES)
+    packed = load_words(at, 0, row_words, BW)
+    if PREFETCH and STEPS > 1:
+        prefetch_rows(weight + tl.minimum(channels, last).to(tl.int64) * (row_words * 4), ahead, PIECES)
+    s_in = tl.load(input_scale)
     s_out = load_output_scale(output_scale, channels, in_channels, OUTPUTS)
     scale, late = load_channels(weight_scale, bias, channels, in_channels, BIAS, False)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    floats = load_rows(x, 0, rows, in_features, BM, BW, PLANES)
     inverse = tl.math.div_rn(1.0, s_in)
     sums = ()
     for _ in tl.static_range(BM):
         sums = sums + (tl.zeros((BN, BW // 4), tl.int32),)  # noqa: RUF005  (Triton has no starred tuples)
     for step in range(1, STEPS):
-        next_packed, next_floats = load_step(at, x, step * BW, rows, row_words, in_features, BM, BW, PLANES)
+        next_packed = load_words(at, step * BW, row_words, BW)
+        next_floats = load_rows(x, step * BW, rows, in_features, BM, BW, PLANES)
         sums = add_step(sums, packed, floats, inverse, BM, BN, BW, BITS, PLANES)
         packed, floats = next_packed, next_floats
     sums = add_step(sums, packed, floats, inverse, BM, BN, BW, BITS, PLANES)

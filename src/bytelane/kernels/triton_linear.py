@@ -168,7 +168,7 @@ def fused_linear(
     tl.store(to, rounded_to(total, y.dtype.element_ty), mask=in_column & in_m[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "whole"])
 def codes_linear(
     q,
     weight,
@@ -184,6 +184,7 @@ def codes_linear(
     row_bytes,
     plane_stride,
     split_blocks,
+    whole,
     groups,
     group_blocks,
     BITS: tl.constexpr,
@@ -206,11 +207,20 @@ def codes_linear(
     The arguments are `fused_linear`'s; BAND is how many tiles of channels take turns before the next tile of rows, so
     that programs which run together share tiles in the second-level cache. EVEN also says that every channel is there.
 
-    With SPLITS over 1 (one group only), that many programs share a tile: each walks `split_blocks` blocks of K and
-    leaves its int32 sums in `parts` `[SPLITS, N, M]`; the one that arrives last, by the tile's count in `arrived` (zero
-    before), adds them all up and finishes. Sums of int32 have no order, so the bits are the same.
+    With SPLITS over 1 (one group only), the first `whole` tiles have a program each, and so many programs share each of
+    the others: every one walks `split_blocks` blocks of K and leaves its int32 sums in `parts` `[shared tiles, SPLITS,
+    BN, BM]`; the one that arrives last, by the tile's count in `arrived` (zero before), adds them all up and finishes.
+    Sums of int32 have no order, so the bits are the same. Sharing only what a device's last wave of programs would have
+    to do fills that wave and leaves few sums to write.
     """
     program = tl.program_id(0)
+    split = 0
+    shared = 0
+    if SPLITS > 1:
+        beyond = tl.maximum(program - whole, 0)
+        split = beyond % SPLITS
+        shared = beyond // SPLITS
+        program = tl.minimum(program, whole) + shared
     tiles_n = tl.cdiv(out_features, BN)
     tiles_m = tl.cdiv(rows, BM)
     band = program // (BAND * tiles_m)
@@ -232,7 +242,6 @@ def codes_linear(
     total = tl.full((BN, BM), -0.0, tl.float32)
     acc = tl.zeros((BN, BM), tl.int32)
     row_blocks = group_blocks * groups
-    split = tl.program_id(1)
     # Rows past M repeat the last one: their results are not stored, and nothing is masked.
     codes_at = q + tl.minimum(m, rows - 1)[None, :].to(tl.int64) * (plane_stride * PLANES)
     weight_at = weight + tl.minimum(channels, out_features - 1)[:, None].to(tl.int64) * row_bytes
@@ -242,8 +251,8 @@ def codes_linear(
         start = g * group_blocks
         end = start + group_blocks
         if SPLITS > 1:
-            start = split * split_blocks
-            end = tl.minimum(start + split_blocks, group_blocks)
+            start = tl.where(program < whole, start, split * split_blocks)
+            end = tl.where(program < whole, end, tl.minimum(start + split_blocks, group_blocks))
         for first in range(start, end, BB):
             offsets = first + tl.arange(0, BB)
             blocks = offsets[None, :]
@@ -264,15 +273,19 @@ def codes_linear(
             total = total + (acc >> SHIFT).to(tl.float32) * scale
             acc = tl.zeros((BN, BM), tl.int32)
     if SPLITS > 1:
-        slot = column.to(tl.int64) * rows + m[None, :]
-        size = rows.to(tl.int64) * out_features
-        tl.store(parts + split * size + slot, acc, mask=inside)
-        tl.debug_barrier()  # every thread's part is written before the count says so
-        if tl.atomic_add(arrived + program, 1, sem="acq_rel") < SPLITS - 1:
+        slot = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        tile = parts + shared.to(tl.int64) * (SPLITS * BN * BM)
+        others = 0
+        if program >= whole:
+            tl.store(tile + split * (BN * BM) + slot, acc)
+            tl.debug_barrier()  # every thread's part is written before the count says so
+            others = SPLITS - 1 - tl.atomic_add(arrived + shared, 1, sem="acq_rel")
+        if others > 0:
             return
-        acc = tl.zeros((BN, BM), tl.int32)
-        for other in range(SPLITS):
-            acc += tl.load(parts + other * size + slot, mask=inside, other=0, cache_modifier=".cg")
+        if program >= whole:
+            acc = tl.zeros((BN, BM), tl.int32)
+            for other in range(SPLITS):
+                acc += tl.load(tile + other * (BN * BM) + slot, cache_modifier=".cg")
         if ACCUMULATE:
             tl.store(y + to, acc >> SHIFT, mask=inside)
     if not ACCUMULATE:

@@ -11,6 +11,7 @@ from bytelane.quantize.gptq import Hessian, gptq
 from bytelane.quantize.knapsack import BudgetError
 from bytelane.quantize.kv import observe_kv
 from bytelane.quantize.layerwise import SequentialError
+from bytelane.quantize.learn import LearningError, learn_scales
 from bytelane.quantize.observe import CalibrationError, observe
 from bytelane.quantize.pipeline import load_float_model, quantize_checkpoint, quantize_model
 from bytelane.quantize.plan import Plan, make_plan
@@ -32,6 +33,7 @@ __all__ = [
     "Head",
     "Hessian",
     "LayerReport",
+    "LearningError",
     "Plan",
     "PlanError",
     "PlannedLayer",
@@ -47,6 +49,7 @@ __all__ = [
     "equalize",
     "gptq",
     "is_plan",
+    "learn_scales",
     "load_float_model",
     "make_plan",
     "observe",

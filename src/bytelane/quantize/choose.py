@@ -26,15 +26,13 @@ from bytelane.quantize.kv import attention_names
 from bytelane.quantize.pipeline import (
     DEFAULT_WINDOW,
     DEFAULT_WINDOWS,
-    EQUALIZE_WINDOWS,
-    Progress,
-    folded,
     load_float_model,
 )
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import GEMMA_BITS, Head, Recipe
 from bytelane.quantize.resume import fingerprint
 from bytelane.quantize.sensitivity import Sensitivity, candidates, measure, shared_inputs, try_out
+from bytelane.quantize.settle import EQUALIZE_WINDOWS, Progress, folded
 from bytelane.quantize.text import Split, read_files, windows
 from bytelane.scheme import MAX_BITS, MIN_BITS, Kind, LinearScheme
 

@@ -23,9 +23,12 @@ each channel, or groups fixed beforehand, the order leaves no trace in the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from bytelane.kernels.gpu import TRITON
 from bytelane.quantize.rounding import round_to_nearest
 from bytelane.scheme import WeightScheme, code_range
 
@@ -109,6 +112,37 @@ def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor, name
     return best
 
 
+def round_columns(part: Tensor, upper: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Round some columns one by one, each hearing of the errors of those before.
+
+    Args:
+        part: float32 `[columns, rows]`, the weight's columns; overwritten.
+        upper: float32 `[columns, columns]`, their part of U.
+        scale: float32 `[columns, rows]`.
+        low: the lowest code.
+        high: the highest code.
+
+    Returns:
+        int8 codes and float32 errors over U's diagonal, `[columns, rows]` both.
+    """
+    codes, errors = torch.empty_like(part, dtype=torch.int8), torch.empty_like(part)
+    for j in range(part.shape[0]):
+        code = torch.round(part[j] / scale[j]).clamp_(low, high)
+        codes[j] = code.to(torch.int8)
+        errors[j] = (part[j] - code * scale[j]) / upper[j, j]
+        part[j + 1 :] -= upper[j, j + 1 :, None] * errors[j]
+    return codes, errors
+
+
+def _step(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]:
+    """`round_columns`, or its equal in Triton."""
+    if device.type == "cuda" and TRITON:
+        from bytelane.quantize import triton_gptq
+
+        return triton_gptq.round_columns
+    return round_columns
+
+
 def gptq(weight: Tensor, scheme: WeightScheme, hessian: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Quantize a weight matrix so that its products with the inputs behind `hessian` change least.
 
@@ -138,16 +172,12 @@ def gptq(weight: Tensor, scheme: WeightScheme, hessian: Tensor, name: str = "wei
     h += torch.diag(torch.full_like(h.diagonal(), DAMPING * mean))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).to(torch.float32)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    step = _step(weight.device)
     for start in range(0, w.shape[1], _COLUMNS):
         stop = min(start + _COLUMNS, w.shape[1])
+        scales = scale[:, group_of[start:stop]].T.contiguous()
         part = w[:, start:stop].T.contiguous()
-        errors = torch.empty_like(part)
-        block = upper[start:stop, start:stop]
-        for j in range(stop - start):
-            s = scale[:, group_of[start + j]]
-            code = torch.round(part[j] / s).clamp_(low, high)
-            codes[:, order[start + j]] = code.to(torch.int8)
-            errors[j] = (part[j] - code * s) / block[j, j]
-            part[j + 1 :] -= block[j, j + 1 :, None] * errors[j]
+        found, errors = step(part, upper[start:stop, start:stop], scales, low, high)
+        codes[:, order[start:stop]] = found.T
         w[:, stop:] -= errors.T @ upper[start:stop, stop:]
     return codes, scale

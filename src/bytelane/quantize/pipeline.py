@@ -1,22 +1,18 @@
-"""From a float model and text to a checkpoint: plan, fold, observe, search, round, write.
+"""From a float model and text to a checkpoint: plan, fold, observe, search, round, learn, write.
 
 - plan: the recipe meets the model; every refusal that needs no text comes first
-- fold: changes of basis in a copy of the model, where the recipe wants them
-- observe: the float model reads the calibration windows, ranges are kept
-- search: the loudest ranges are chosen by loss, where the recipe wants it
-- round: weights to codes; to the nearest one module at a time while the writer streams, by GPTQ layer by layer before
+- `bytelane.quantize.settle`: changes of basis in a copy of the model; the calibration windows are read and ranges kept;
+  the loudest ranges by loss; GPTQ; all scales by the model's loss, codes as they are; each where the recipe wants it
+- round: other weights to the nearest codes, one module at a time while the writer streams
 - write: `bytelane.checkpoint.write_checkpoint`: all of it or nothing
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,100 +24,16 @@ from bytelane.checkpoint import QuantizedModule, QuantizedTensors, write_checkpo
 from bytelane.errors import ConfigError, FileFormatError, OutputExistsError
 from bytelane.generation import peak_memory_bytes
 from bytelane.packing import pack_rows
-from bytelane.quantize.fold import check_same_function, equalize, rotate
-from bytelane.quantize.kv import observe_kv
-from bytelane.quantize.observe import Observations, Statistics, observe, range_scale
+from bytelane.quantize.observe import Observations
 from bytelane.quantize.plan import Plan, make_plan
-from bytelane.quantize.recipe import Range, Recipe, RecipeError
+from bytelane.quantize.recipe import Recipe
 from bytelane.quantize.report import LayerReport, QuantizationReport
-from bytelane.quantize.resume import ObservationFile, fingerprint
 from bytelane.quantize.rounding import round_to_nearest
-from bytelane.quantize.search import search_ranges
-from bytelane.quantize.sequential import quantize_sequentially
+from bytelane.quantize.settle import Progress, Settled, Side, needs_text, settle
 from bytelane.quantize.text import Split, read_files, windows
 
 DEFAULT_WINDOW = 512
 DEFAULT_WINDOWS = 32
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, the steps done and the steps in all: `"equalize"`, `"observe"` and `"kv cache"` count windows,
-`"search"` ranges tried, `"gptq"` decoder layers, `"write"` modules."""
-
-SEARCH_TOKENS = 512
-"""Tokens whose loss judges a range, in whole windows: they are read once for each range tried."""
-
-EQUALIZE_WINDOWS = 8
-"""Windows that say how loud each channel is: more do not change how channels compare."""
-
-SEARCHED = "loss"
-"""The label of a range that was chosen by loss."""
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A quantized activation side: its scale (float32 `[]`), the label of what it came from, the share it clips."""
-
-    scale: Tensor
-    rule: str
-    clipped: float
-
-
-def activation_limit(statistics: Statistics, rule: Range) -> float:
-    """The end of a range: the `|x|` that the highest code falls on."""
-    if rule.method == "mse":
-        return statistics.least_squares()
-    return statistics.amax() if rule.percentile is None else statistics.percentile(rule.percentile)
-
-
-def _sides(plan: Plan, seen: Observations) -> tuple[dict[str, _Side], dict[str, _Side]]:
-    """The input and the output side of every layer that has them."""
-    for names in seen.shared:
-        rules = {plan.input_ranges[n].label: n for n in names if n in plan.input_ranges}
-        if len(rules) > 1:
-            found = ", ".join(f"{rule} for {name}" for rule, name in rules.items())
-            raise RecipeError(
-                f"input_ranges: layers that read the same tensor must agree on its range, found {found}; "
-                f"widen the pattern to all of {', '.join(names)}"
-            )
-    made: list[dict[str, _Side]] = []
-    for side, rules_of, statistics_of in (
-        ("input", plan.input_ranges, seen.inputs),
-        ("output", plan.output_ranges, seen.outputs),
-    ):
-        sides = {}
-        for name, rule in rules_of.items():
-            limit = activation_limit(statistics_of[name], rule)
-            sides[name] = _Side(range_scale(limit, name, side), rule.label, statistics_of[name].clipped(limit))
-        made.append(sides)
-    return made[0], made[1]
-
-
-def _scales(sides: Mapping[str, _Side]) -> dict[str, float]:
-    return {name: float(side.scale) for name, side in sides.items()}
-
-
-def folded(
-    model: PreTrainedModel, recipe: Recipe, used: Sequence[Tensor], progress: Callable[[int], None] | None = None
-) -> PreTrainedModel:
-    """A copy of the float model, rotated and equalized as the recipe wants it.
-
-    Args:
-        model: the float model; it is read, never changed.
-        recipe: what to do.
-        used: int64 `[length]` token ids each: rotation looks at the first, equalization at `EQUALIZE_WINDOWS` of them.
-        progress: called with the windows read.
-
-    Raises:
-        FoldError: the architecture cannot be rotated or equalized.
-    """
-    source = copy.deepcopy(model).eval()
-    if recipe.rotate:
-        rotate(source, used[:1])
-    if recipe.equalize:
-        equalize(source, used[:EQUALIZE_WINDOWS], progress=progress)
-    if recipe.rotate or recipe.equalize:
-        check_same_function(model, source, used[0])
-    return source
 
 
 def quantize_model(
@@ -172,47 +84,11 @@ def quantize_model(
     target = Path(output)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise OutputExistsError("exists and is not empty; choose another folder or allow overwriting", file=target)
-    plan = make_plan(model, recipe)
-    seen = Observations({}, {}, (), 0)
     used: list[Tensor] = []
-
-    def staged(stage: str, most: int | None = None) -> Callable[[int], None]:
-        return lambda done: None if progress is None else progress(stage, done, len(used[:most]))
-
-    if plan.observed or recipe.equalize or recipe.rotate or recipe.rounding == "gptq" or recipe.kv_cache:
+    if needs_text(make_plan(model, recipe), recipe):
         used = windows(tokenizer, texts, length=window, limit=max_windows)
-    source = model
-    if recipe.rotate or recipe.equalize or recipe.rounding == "gptq":
-        source = folded(model, recipe, used, staged("equalize", EQUALIZE_WINDOWS))
-        plan = make_plan(source, recipe)  # a rotated model's tied head is no longer
-    if plan.observed:
-        kept = None
-        if resume is not None:
-            kept = ObservationFile(Path(resume), fingerprint(source, used, recipe.model_dump_json(), plan.observed))
-        seen = observe(
-            source,
-            used,
-            plan.observed,
-            input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or recipe.search],
-            output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or recipe.search],
-            resume=kept,
-            progress=staged("observe"),
-        )
-    kv_scales = observe_kv(source, used, progress=staged("kv cache")) if recipe.kv_cache else {}
-    inputs, outputs = _sides(plan, seen)
-    if recipe.search:
-        _search(source, used, seen, inputs, outputs, recipe.search, progress)
-    rounded: dict[str, tuple[Tensor, Tensor]] = {}
-    if recipe.rounding == "gptq":
-        rounded = quantize_sequentially(
-            source,
-            used,
-            plan.modules,
-            _scales(inputs),
-            _scales(outputs),
-            shared=seen.shared,
-            progress=None if progress is None else lambda done, total: progress("gptq", done, total),
-        )
+    done = settle(model, used, recipe, resume=None if resume is None else Path(resume), progress=progress)
+    source, plan, inputs, outputs = done.source, done.plan, done.inputs, done.outputs
     stored_dtype = dtype or model.dtype
     with tempfile.TemporaryDirectory(prefix="bytelane-") as temporary:
         if copy_from is None:
@@ -223,9 +99,9 @@ def quantize_model(
             target,
             config=checkpoint_config(source, plan, stored_dtype),
             storage=recipe.storage,
-            modules=_rounded(source, plan, rounded, inputs, outputs, stored_dtype, progress),
+            modules=_rounded(done, stored_dtype, progress),
             plain=_plain(source, plan, stored_dtype),
-            kv_scales=kv_scales,
+            kv_scales=done.kv_scales,
             unquantized=plan.unquantized,
             tied=plan.tied,
             copy_from=copy_from or temporary,
@@ -238,56 +114,25 @@ def quantize_model(
         unquantized=plan.unquantized,
         tied=dict(plan.tied),
         untied=plan.untied,
-        shared_inputs=_shared(seen, inputs),
+        shared_inputs=_shared(done.seen, inputs),
         windows=len(used),
-        tokens=seen.tokens,
+        tokens=done.seen.tokens,
         float_bytes=_float_bytes(model, stored_dtype),
-        kv_layers=len(kv_scales),
+        kv_layers=len(done.kv_scales),
         checkpoint_bytes=sum(path.stat().st_size for path in written.glob("*.safetensors")),
         seconds=round(time.perf_counter() - started, 3),
         peak_bytes=peak_memory_bytes(),
     )
 
 
-def _search(
-    model: nn.Module,
-    used: Sequence[Tensor],
-    seen: Observations,
-    inputs: dict[str, _Side],
-    outputs: dict[str, _Side],
-    count: int,
-    progress: Progress | None,
-) -> None:
-    """Replace the sides of the loudest tensors by what the loss says of them."""
-    choices = search_ranges(
-        model,
-        used[: math.ceil(SEARCH_TOKENS / used[0].numel())],
-        seen,
-        _scales(inputs),
-        _scales(outputs),
-        count,
-        progress=None if progress is None else lambda done, total: progress("search", done, total),
-    )
-    for choice in choices:
-        sides, statistics_of = (inputs, seen.inputs) if choice.side == "input" else (outputs, seen.outputs)
-        for name in choice.names:
-            scale = range_scale(choice.limit, name, choice.side)
-            sides[name] = _Side(scale, SEARCHED, statistics_of[name].clipped(choice.limit))
-
-
 def _rounded(
-    model: nn.Module,
-    plan: Plan,
-    done_before: Mapping[str, tuple[Tensor, Tensor]],
-    inputs: dict[str, _Side],
-    outputs: dict[str, _Side],
-    dtype: torch.dtype,
-    progress: Progress | None,
+    settled: Settled, dtype: torch.dtype, progress: Progress | None
 ) -> Iterator[tuple[QuantizedModule, QuantizedTensors]]:
     """Every planned module with its codes, made when the writer asks for it."""
-    for done, module in enumerate(plan.modules, start=1):
-        source = model.get_submodule(module.name)
-        found = done_before.get(module.name)
+    modules, inputs, outputs = settled.plan.modules, settled.inputs, settled.outputs
+    for done, module in enumerate(modules, start=1):
+        source = settled.source.get_submodule(module.name)
+        found = settled.rounded.get(module.name)
         if found is None:
             found = round_to_nearest(source.get_parameter("weight"), module.scheme.weight, module.name)
         codes, scale = found
@@ -304,7 +149,7 @@ def _rounded(
             ),
         )
         if progress is not None:
-            progress("write", done, len(plan.modules))
+            progress("write", done, len(modules))
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -347,7 +192,7 @@ def checkpoint_config(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) ->
     return config
 
 
-def _layer_report(module: QuantizedModule, side_in: _Side | None, side_out: _Side | None) -> LayerReport:
+def _layer_report(module: QuantizedModule, side_in: Side | None, side_out: Side | None) -> LayerReport:
     return LayerReport(
         name=module.name,
         label=module.scheme.label,
@@ -363,7 +208,7 @@ def _layer_report(module: QuantizedModule, side_in: _Side | None, side_out: _Sid
     )
 
 
-def _shared(seen: Observations, inputs: dict[str, _Side]) -> tuple[tuple[str, ...], ...]:
+def _shared(seen: Observations, inputs: dict[str, Side]) -> tuple[tuple[str, ...], ...]:
     """The groups that share an input scale: of those that share an input, the members with a quantized input."""
     groups = (tuple(name for name in names if name in inputs) for names in seen.shared)
     return tuple(names for names in groups if len(names) > 1)

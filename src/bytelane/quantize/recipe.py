@@ -137,6 +137,8 @@ class Recipe(_Frozen):
             Other weights are rounded to the nearest.
         search: how many of the loudest activation tensors get their range by the model's loss
             (`bytelane.quantize.search`).
+        learn_scales: steps of gradient descent on all scales of the decoder layers at once, by the model's loss, after
+            everything else (`bytelane.quantize.learn`).
         kv_cache: observe static int8 scales of the attention's keys and values too, for runtimes with an int8 cache.
     """
 
@@ -156,6 +158,7 @@ class Recipe(_Frozen):
     equalize: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     search: Annotated[int, Field(strict=True, ge=0)] = 0
+    learn_scales: Annotated[int, Field(strict=True, ge=0)] = 0
     kv_cache: bool = False
 
     @model_validator(mode="after")

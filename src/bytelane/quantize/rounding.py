@@ -73,3 +73,9 @@ def round_to_nearest(weight: Tensor, scheme: WeightScheme, name: str = "weight")
         nearest = torch.round(grouped(start, stop) / scale[start:stop, :, None])
         codes[start:stop] = torch.clamp(nearest, low, high).to(torch.int8).flatten(1)
     return codes, scale
+
+
+def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
+    """What codes stand for: float32 `[out, in]` of int8 codes `[out, in]` and float32 scales `[out, groups]`."""
+    grouped = codes.to(torch.float32).reshape(codes.shape[0], scale.shape[1], -1)
+    return (grouped * scale[..., None]).reshape(codes.shape)

@@ -25,6 +25,7 @@ from bytelane.checkpoint import QuantizedModule
 from bytelane.quantize.blocks import blocks
 from bytelane.quantize.gptq import Hessian, corrected_bias, gptq
 from bytelane.quantize.layerwise import Call, decoder_layers, first_hidden, layer_calls, run_layer
+from bytelane.quantize.rounding import dequantized
 from bytelane.quantize.simulate import Simulation, fake_quantize
 
 _SHORTEST = 1e-6
@@ -80,8 +81,7 @@ def quantize_sequentially(
                 hessian = hessians[name]
                 codes, scale = gptq(linear.weight, by_name[name].scheme.weight, hessian.sum, name)
                 found[name] = (codes, scale)
-                grouped = codes.reshape(codes.shape[0], scale.shape[1], -1).to(torch.float32) * scale[..., None]
-                rounded = grouped.reshape(codes.shape)
+                rounded = dequantized(codes, scale)
                 if linear.bias is not None:
                     linear.bias.copy_(corrected_bias(linear.bias, linear.weight, rounded, hessian))
                 linear.weight.copy_(rounded.to(linear.weight.dtype))

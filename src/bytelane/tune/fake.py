@@ -8,9 +8,9 @@ Forward, one scale per channel. The codes are held in float32 and take the formu
 Products of codes are integers, so `acc` is the exact int32 as long as float32 holds every partial sum, below 2^24: for
 every input up to 1024 features at 8 bits, 16384 at 4 and 65536 at 2, and beyond that for all but extreme rows. (On CUDA
 the codes are multiplied in bfloat16, which holds -256..256 exactly, and summed in float32.) There the values are those
-of the integer layer. Three things differ: with group scales `c * s_w` is multiplied in float, not group by group in
-order; without an input scale the layer is a float matmul anyway; and sums beyond 2^24 are rounded. Evaluation uses none
-of this: see `bytelane.tune.modules`.
+of the integer layer. Three things differ: with group scales `q` is multiplied by `c * s_w` in float (in bfloat16 under
+autocast on CUDA), not group by group in order; without an input scale the layer is a float matmul anyway; and sums
+beyond 2^24 are rounded. Evaluation uses none of this: see `bytelane.tune.modules`.
 
 Backward. A rounding is passed straight through, a clamp passes nothing outside its range, and a scale learns where the
 clamp should be (LSQ, Esser et al. 2020). With `v = x / s` and `k = clamp(rne(v))`, so that the quantized x is `k s`:
@@ -132,6 +132,30 @@ def through_weight(
     return gradient * inside(residual), (gradient * residual).sum(1, keepdim=True)
 
 
+def _weight_operand(
+    between: ModuleType, weight: Tensor, scale: Tensor, low: int, high: int, *, scaled: bool, dtype: torch.dtype
+) -> Tensor:
+    """`weight_operand` with scales `[rows, groups]`: a group is a row by itself."""
+    made: Tensor = between.weight_operand(
+        weight.reshape(scale.numel(), -1), scale.reshape(-1, 1), low, high, scaled=scaled, dtype=dtype
+    )
+    return made.reshape(weight.shape)
+
+
+def _through_weight(
+    between: ModuleType, gradient: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """`through_weight` with scales `[rows, groups]`."""
+    rows = (t.reshape(scale.numel(), -1) for t in (gradient, weight))
+    to_weight, by_scale = between.through_weight(*rows, scale.reshape(-1, 1), factor, low, high)
+    return to_weight.reshape(weight.shape), by_scale.reshape(scale.shape)
+
+
+def _codes_dtype(x: Tensor, log_weight_scale: Tensor, fast: bool) -> torch.dtype:
+    """In which an input's codes meet the weight: bfloat16 on CUDA, but not where groups make the weight a float."""
+    return torch.bfloat16 if x.is_cuda and (fast or log_weight_scale.shape[1] == 1) else torch.float32
+
+
 def _between(x: Tensor, fast: bool) -> ModuleType:
     """Where the functions between the matmuls come from."""
     if fast and x.is_cuda:
@@ -174,7 +198,7 @@ def _linear(
     dtype: torch.dtype,
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer with one scale per channel: its output, and for the backward pass its input's codes and its residual.
+    """A layer: its output, and for the backward pass its input's codes and its residual.
 
     An operation of its own, so that `torch.compile` fuses what lies between layers and leaves the layers' bits alone.
     """
@@ -184,17 +208,17 @@ def _linear(
         if s_in is None:
             held = torch.bfloat16 if fast else torch.float32
             codes, operand = _nothing(x), x.to(held)
-            dense = between.weight_operand(weight, s_w, low, high, scaled=True, dtype=held)
+            dense = _weight_operand(between, weight, s_w, low, high, scaled=True, dtype=held)
             if s_out is None:
                 y = torch.nn.functional.linear(operand, dense, None if bias is None else bias.to(held))
                 return y.to(dtype), codes, _nothing(x)
             unit, added = torch.ones_like(s_w[:, 0]), bias
         else:
-            held = torch.bfloat16 if x.is_cuda else torch.float32
+            held, groups = _codes_dtype(x, log_weight_scale, fast), log_weight_scale.shape[1] > 1
             codes = operand = between.input_codes(x, torch.reciprocal(s_in), QMIN, QMAX, held)
-            dense = between.weight_operand(weight, s_w, low, high, scaled=False, dtype=held)
-            unit = s_in * s_w[:, 0]
-            added = None if bias is None else torch.round(bias / unit)
+            dense = _weight_operand(between, weight, s_w, low, high, scaled=groups, dtype=held)
+            unit = s_in * (torch.ones_like(s_w[:, 0]) if groups else s_w[:, 0])
+            added = None if bias is None else bias / unit if groups else torch.round(bias / unit)
         acc = _sums(operand, dense.t())
         if s_out is None:
             y = acc * unit
@@ -217,7 +241,7 @@ def _(
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
-    held = torch.bfloat16 if x.is_cuda else torch.float32
+    held = _codes_dtype(x, log_weight_scale, fast)
     return (
         y,
         _nothing(x) if log_input_scale is None else torch.empty_like(x, dtype=held),
@@ -252,12 +276,12 @@ def _linear_backward(
         gradient = gradient.to(held)
         if has_bias:
             by_bias = gradient.sum(0, dtype=torch.float32)
-        dense = between.weight_operand(weight, s_w, low, high, scaled=True, dtype=held)
+        dense = _weight_operand(between, weight, s_w, low, high, scaled=True, dtype=held)
         to_input = gradient @ dense
         operand = x if s_in is None else codes
         factor = torch.ones_like(s_w[0, 0]) if s_in is None else s_in
-        to_weight, by_weight_scale = between.through_weight(
-            _sums(gradient.t(), operand.to(held)), weight, s_w, factor, low, high
+        to_weight, by_weight_scale = _through_weight(
+            between, _sums(gradient.t(), operand.to(held)), weight, s_w, factor, low, high
         )
         if s_in is None:
             to_input = to_input.to(x.dtype)
@@ -404,17 +428,6 @@ def fake_linear(
     fast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
     rows = x.reshape(-1, x.shape[-1])
-    if log_weight_scale.shape[1] == 1:
-        arguments = (rows, weight, log_weight_scale, log_input_scale, log_output_scale, bias, low, high, dtype, fast)
-        y: Tensor = _linear(*arguments)[0]
-    else:
-        with torch.autocast(x.device.type, enabled=False):
-            if log_input_scale is not None:
-                rows = fake_quantize_int8(rows, log_input_scale.exp())
-            dense = fake_quantize_rows(weight, log_weight_scale.exp(), low, high)
-            held = torch.bfloat16 if fast else torch.float32
-            y = torch.nn.functional.linear(rows.to(held), dense.to(held), None if bias is None else bias.to(held))
-            if log_output_scale is not None:
-                y = fake_quantize_int8(y.to(torch.float32), log_output_scale.exp())
-            y = y.to(dtype)
+    arguments = (rows, weight, log_weight_scale, log_input_scale, log_output_scale, bias, low, high, dtype, fast)
+    y: Tensor = _linear(*arguments)[0]
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -21,10 +21,11 @@ from bytelane.errors import CheckpointError, UnsupportedFormatError
 from bytelane.layers import QuantEmbedding, QuantLinear
 from bytelane.quantize.fold import equalize, rotate
 from bytelane.quantize.kv import observe_kv
-from bytelane.quantize.observe import Observations, observe, range_scale
-from bytelane.quantize.pipeline import activation_limit
+from bytelane.quantize.observe import observe
 from bytelane.quantize.plan import Plan, make_plan
-from bytelane.quantize.recipe import Range, Recipe, RecipeError
+from bytelane.quantize.recipe import Recipe
+from bytelane.quantize.rounding import dequantized
+from bytelane.quantize.settle import Settled, settle, sides_of
 from bytelane.scheme import EmbeddingScheme, LinearScheme
 from bytelane.tune.fake import fake_quantize_int8
 from bytelane.tune.modules import TunedEmbedding, TunedLinear, log_scale
@@ -181,52 +182,52 @@ def prepare(
     kv_cache: bool = False,
     progress: Progress | None = None,
 ) -> Student:
-    """Put trainable layers into a float model, starting from observed ranges and least-squares weight scales.
+    """Put trainable layers into a float model, where a recipe would leave it.
+
+    A recipe that rounds to nearest and takes its ranges from what is observed is only where training starts: weights
+    are the float model's, their scales of least squared error. One with `rounding: gptq`, a search of ranges or learned
+    scales is carried out first, and training starts from the values and scales that its checkpoint would have.
 
     Args:
         model: the float model, with float32 parameters. It is changed: rotated and equalized where the recipe says
             so, and what was its `nn.Linear` is a `TunedLinear`. A teacher is therefore a copy made before.
-        recipe: what to quantize, as for `bytelane quantize`; weights are rounded to nearest.
+        recipe: what to quantize, and how, as for `bytelane quantize`.
         windows: calibration windows, int64 `[length]` each.
         kv_cache: learn static int8 scales of keys and values too.
         progress: called while observing and preparing.
 
     Raises:
-        RecipeError: the recipe does not fit the model, or asks for another rounding or a search of ranges.
+        RecipeError: the recipe does not fit the model.
         FoldError: the architecture cannot be rotated.
+        SequentialError: gptq or a search cannot run the model's layers one at a time.
         CalibrationError: the text gives a layer no range.
+        LearningError: the scales cannot be learned.
         ValueError: the model is not float32.
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError("a model to tune needs float32 parameters; load it with dtype=torch.float32")
     plan = make_plan(model, recipe)
-    if recipe.rounding != "nearest" or recipe.search:
-        raise RecipeError("tuning rounds to nearest and learns its ranges; leave `rounding` and `search` out")
-    if recipe.rotate:
-        rotate(model, windows[:1])
-        plan = make_plan(model, recipe)  # a tied head is no longer
-    if recipe.equalize:
-        equalize(model, windows, progress=None if progress is None else lambda n: progress("equalize", n, len(windows)))
-    seen = Observations({}, {}, (), 0)
-    if plan.observed:
-        seen = observe(
-            model,
-            windows,
-            plan.observed,
-            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.needs_histogram],
-            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.needs_histogram],
-            progress=None if progress is None else lambda done: progress("observe", done, len(windows)),
-        )
+    if recipe.rounding == "gptq" or recipe.search or recipe.learn_scales:
+        settled = settle(model, windows, recipe, progress=progress)
+        model, plan = settled.source, settled.plan
+    else:
+        settled = _observed(model, plan, recipe, windows, progress)
+        plan = settled.plan
     kv = observe_kv(model, windows) if kv_cache else {}
     device = next(model.parameters()).device
-    shared = [tuple(n for n in names if n in plan.input_ranges) for names in seen.shared]
+    shared = [tuple(n for n in names if n in plan.input_ranges) for names in settled.seen.shared]
     shared = [names for names in shared if len(names) > 1]
     leader = {name: names[0] for names in shared for name in names}
     inputs: dict[str, nn.Parameter] = {}
     for done, module in enumerate(plan.modules, start=1):
         original: Any = model.get_submodule(module.name)
         weight = _own(original.weight, module.name in plan.untied)
-        scale = start_weight_scale(weight, module.scheme.weight, module.name)
+        if module.name in settled.rounded:
+            codes, scale = settled.rounded[module.name]
+            with torch.no_grad():
+                weight.copy_(dequantized(codes, scale))
+        else:
+            scale = start_weight_scale(weight, module.scheme.weight, module.name)
         if isinstance(module.scheme, EmbeddingScheme):
             layer: nn.Module = TunedEmbedding(
                 weight, scale, module.scheme, embed_scale=_embed_scale(original, module.name)
@@ -235,13 +236,13 @@ def prepare(
             name = module.name
             first = leader.get(name, name)
             if name in plan.input_ranges and first not in inputs:
-                inputs[first] = _start(seen.inputs[name], plan.input_ranges[name], name, "input", device)
+                inputs[first] = log_scale(settled.inputs[name].scale.to(device))
             layer = TunedLinear(
                 weight,
                 scale,
                 module.scheme,
                 log_input_scale=inputs[first] if name in plan.input_ranges else None,
-                log_output_scale=_start(seen.outputs[name], plan.output_ranges[name], name, "output", device)
+                log_output_scale=log_scale(settled.outputs[name].scale.to(device))
                 if name in plan.output_ranges
                 else None,
                 bias=original.bias,
@@ -263,13 +264,32 @@ def prepare(
     return Student(model, plan, storage=recipe.storage, shared_inputs=shared, kv_names=tuple(kv))
 
 
+def _observed(
+    model: PreTrainedModel, plan: Plan, recipe: Recipe, windows: Sequence[Tensor], progress: Progress | None
+) -> Settled:
+    """Rotate and equalize a model in place, and observe its ranges."""
+    found = Settled(model, plan)
+    if recipe.rotate:
+        rotate(model, windows[:1])
+        found.plan = plan = make_plan(model, recipe)  # a tied head is no longer
+    if recipe.equalize:
+        equalize(model, windows, progress=None if progress is None else lambda n: progress("equalize", n, len(windows)))
+    if plan.observed:
+        found.seen = observe(
+            model,
+            windows,
+            plan.observed,
+            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.needs_histogram],
+            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.needs_histogram],
+            progress=None if progress is None else lambda done: progress("observe", done, len(windows)),
+        )
+    found.inputs, found.outputs = sides_of(plan, found.seen)
+    return found
+
+
 def _own(weight: nn.Parameter, apart: bool) -> nn.Parameter:
     """A weight to train: a copy where the float model shared it and the quantized one does not."""
     return nn.Parameter(weight.detach().clone()) if apart else weight
-
-
-def _start(statistics: Any, rule: Range, name: str, side: str, device: torch.device) -> nn.Parameter:
-    return log_scale(range_scale(activation_limit(statistics, rule), name, side).to(device))
 
 
 def _embed_scale(original: nn.Module, name: str) -> float:

@@ -21,7 +21,7 @@ _BLOCK = 4096
 _TILE = 64
 """Rows and columns of a program of `requantize`."""
 _COLUMNS = 1024
-"""Columns of a weight's row at a time."""
+"""Columns of a weight's row at a time, where it has more."""
 _VOCABULARY = 4096
 """Logits of a row at a time."""
 
@@ -98,7 +98,7 @@ def weight_operand(weight: Tensor, scale: Tensor, low: int, high: int, *, scaled
         float(low),
         float(high),
         SCALED=scaled,
-        BLOCK=_COLUMNS,
+        **_row_block(weight.shape[1]),
         enable_fp_fusion=False,
     )
     return out
@@ -119,7 +119,7 @@ def through_weight(
         weight.shape[1],
         float(low),
         float(high),
-        BLOCK=_COLUMNS,
+        **_row_block(weight.shape[1]),
         enable_fp_fusion=False,
     )
     return out, sums
@@ -159,6 +159,12 @@ def row_losses(
         num_warps=8,
     )
     return losses, gradient
+
+
+def _row_block(columns: int) -> dict[str, int]:
+    """How a program of a row is launched: groups of 32 are rows too, and one warp each."""
+    block = min(_COLUMNS, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, min(4, block // 128))}
 
 
 def _sums(like: Tensor) -> Tensor:
