@@ -34,6 +34,7 @@ from triton import knobs
 
 from bytelane.kernels.triton_launch import Launch, noting
 from bytelane.layers import QuantLinear
+from bytelane.scheme import Numerics
 from bytelane.step_graph import StepGraph, unknown_step
 
 MAX_WORKERS = 16
@@ -128,7 +129,7 @@ def recorded(model: PreTrainedModel, rows: Iterable[int] = ROWS) -> list[tuple[L
     head = model.get_output_embeddings()
     kinds: dict[tuple[Any, ...], QuantLinear] = {}
     for layer in model.modules():
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, QuantLinear) and layer.numerics is Numerics.INTEGER:  # emulation has no kernels
             kinds.setdefault((*_layer_kind(layer), layer is head), layer)  # the head is given the last row only
     with noting() as found:
         if unknown_step(model) is None:
