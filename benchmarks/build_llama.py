@@ -1,6 +1,6 @@
-"""Write a checkpoint with SmolLM2-135M's shapes and random codes.
+"""Write a checkpoint with the shapes of SmolLM2-135M, or of Llama 3.2 1B, and random codes.
 
-    python benchmarks/build_llama.py OUT [--bits 4] [--layers 30]
+    python benchmarks/build_llama.py OUT [--shape smollm2|llama1b] [--bits 4] [--layers N]
 
 For speed and memory only, as `build_gemma.py`, which has the reasons and the distributions: every linear layer has
 both activation scales, the embedding is 8 bits and so is the head.
@@ -23,13 +23,25 @@ from build_gemma import CODE_RMS, LOGIT_SPREAD, STEP, linear_rows, random_rows, 
 from bytelane.checkpoint import KVScales, QuantizedModule, QuantizedTensors, write_checkpoint
 from bytelane.scheme import EmbeddingScheme, Kind, LinearScheme, Storage, WeightScheme
 
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
+SHAPES = {
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    },
+    "llama1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
 }
 
 
@@ -52,10 +64,13 @@ def quantized(name: str, module: nn.Module, bits: int, seed: int) -> tuple[Quant
     return QuantizedModule(name, Kind.LINEAR, (rows, columns), linear, Storage.PACK_QUANTIZED), tensors
 
 
-def build(out: Path, *, bits: int = 4, layers: int = 30, vocab: int = 49152) -> Path:
-    """Write the checkpoint; the folder."""
-    shape = {**SHAPE, "vocab_size": vocab, "num_hidden_layers": layers}
-    config = LlamaConfig(tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=2, **shape)
+def build(
+    out: Path, *, shape: str = "smollm2", bits: int = 4, layers: int | None = None, vocab: int | None = None
+) -> Path:
+    """Write the checkpoint; the folder. Layers and vocabulary are the shape's where nothing else is asked for."""
+    changed = {"vocab_size": vocab, "num_hidden_layers": layers}
+    sizes = SHAPES[shape] | {key: value for key, value in changed.items() if value is not None}
+    config = LlamaConfig(tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes)
     config.dtype = "bfloat16"
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -66,14 +81,14 @@ def build(out: Path, *, bits: int = 4, layers: int = 30, vocab: int = 49152) -> 
         if name.rpartition(".")[0] not in chosen
     )
     with tempfile.TemporaryDirectory() as beside:
-        tokenizer(vocab).save_pretrained(beside)
+        tokenizer(sizes["vocab_size"]).save_pretrained(beside)
         return write_checkpoint(
             out,
             config={**config.to_dict(), "architectures": ["LlamaForCausalLM"]},
             storage="compressed-tensors",
             modules=(quantized(name, module, bits, seed) for seed, (name, module) in enumerate(chosen.items())),
             plain=plain,
-            kv_scales={f"model.layers.{i}.self_attn": KVScales(STEP, STEP) for i in range(layers)},
+            kv_scales={f"model.layers.{i}.self_attn": KVScales(STEP, STEP) for i in range(sizes["num_hidden_layers"])},
             unquantized=[],
             copy_from=beside,
         )
@@ -83,10 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--bits", type=int, choices=(2, 4, 8), default=4)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocab", type=int)
     arguments = parser.parse_args()
-    print(build(arguments.out, bits=arguments.bits, layers=arguments.layers, vocab=arguments.vocab))
+    print(build(**vars(arguments)))
 
 
 if __name__ == "__main__":

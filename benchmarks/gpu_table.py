@@ -102,13 +102,29 @@ def against_peers(measured: dict[str, Any]) -> str:
 
 
 def models(measured: dict[str, Any]) -> str:
-    """Tokens a second of each model, candidate and mode."""
+    """Tokens a second of each model, candidate, mode and number of sequences."""
+
+    def rate(found: float | None) -> str:
+        return "" if found is None else f"{found:.0f}" if found >= 100 else f"{found:.1f}"
+
     made = []
     for r in measured["results"]:
-        rate = f"{r['tokens_per_second']:.0f}" if r["tokens_per_second"] >= 100 else f"{r['tokens_per_second']:.1f}"
+        rates = (rate(r["prefill_tokens_per_second"]), rate(r["tokens_per_second"]))
         sizes = (size(r["weight_bytes"]), size(r["peak_bytes"]))
-        made.append([r["model"], r["candidate"], r["mode"], rate, *sizes])
-    return lines(["model", "candidate", "mode", "tokens a second", "weights", "at most held"], made)
+        made.append([r["model"], r["candidate"], r["mode"], str(r["batch"]), *rates, *sizes])
+    return lines(
+        ["model", "candidate", "mode", "sequences", "read a second", "written a second", "weights", "at most held"],
+        made,
+    )
+
+
+def compiling(measured: dict[str, Any]) -> str:
+    """What compiling took before bytelane's first token, model by model."""
+    reports = {r["model"]: r["compile"] for r in measured["results"] if "compile" in r}
+    return "; ".join(
+        f"{model}: {found['compiled']} kernels by {found['workers']} processes in {found['seconds']:.0f} s"
+        for model, found in reports.items()
+    )
 
 
 def limits_text(measured: dict[str, Any]) -> str:
@@ -151,10 +167,11 @@ def figures(
     if generate is not None:
         parts += [
             "",
-            "Whole models with random codes, one sequence, greedily: "
+            "Whole models with random codes, greedily: "
             f"{generate['tokens']} tokens after a prompt of {generate['prompt']}",
-            "(`python benchmarks/gpu_generate.py MODEL ...`; eager is transformers' `generate`, graph is",
-            f"`bytelane.step_graph`, the same step captured; {generate['device']}, {generate['date']}):",
+            "(`python benchmarks/gpu_generate.py MODEL ...`; eager is the model called token by token, graph is",
+            f"`bytelane.step_graph`, the same step captured; {generate['device']}, {generate['date']}).",
+            f"Before the first token, {compiling(generate)}:",
             "",
             models(generate),
         ]

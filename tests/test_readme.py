@@ -135,9 +135,10 @@ def test_the_gpu_figures_are_the_tables(gpu_table: Any) -> None:
     assert gpu_table.alone({"results": results}, {1}).splitlines()[-1] == "| 64 x 32 | 1 | 2.0, 50 % |"
     assert gpu_table.beside_peers({"results": results}).splitlines()[-1] == "| 64 x 32 | 4 | 3.00 (2.00 at M = 1) |"
     assert gpu_table.against_peers({"results": results}) == "humming 3.00 (2.00)"
-    row = {"candidate": "bytelane", "mode": "graph", "tokens_per_second": 99.96, "weight_bytes": 2e6, "peak_bytes": 3e9}
+    rates = {"prefill_tokens_per_second": 4000.0, "tokens_per_second": 99.96}
+    row = {"candidate": "bytelane", "mode": "graph", "batch": 1, **rates, "weight_bytes": 2e6, "peak_bytes": 3e9}
     assert gpu_table.models({"results": [{"model": "m", **row}]}).endswith(
-        "| bytelane | graph | 100.0 | 2.0 MB | 3.00 GB |"
+        "| bytelane | graph | 1 | 4000 | 100.0 | 2.0 MB | 3.00 GB |"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jinja2 import TemplateError
@@ -26,11 +26,39 @@ from bytelane.cache import cache_keyword, make_cache, rewind
 from bytelane.decoder import DecodeStack
 from bytelane.errors import FileFormatError
 from bytelane.sampling import Chooser, Sampling, end_tokens, unhandled
+from bytelane.step_graph import StepGraph, refusal
 
 Message = dict[str, str]
 
 PREFILL_TOKENS = 1024
 """Tokens of a prompt that go through the model at once."""
+
+GRAPH_POSITIONS = 256
+"""Positions of a captured step's cache at first. They double when they are full, because every step reads them all."""
+
+Way = Literal["native", "graph", "transformers"]
+"""How tokens follow each other: `_decode`, `_decode_graph` or transformers' `generate`."""
+
+
+def decoding(model: PreTrainedModel, *, graph: bool = True) -> tuple[Way, str]:
+    """How `generate` and chats decode this model, and why.
+
+    Args:
+        model: as `load_model` returns it.
+        graph: whether a step may be captured.
+
+    Returns:
+        `"native"` where bytelane runs what lies between the layers (on the CPU), `"graph"` where the step is captured
+        as a CUDA graph (`step_graph.refusal` has the rule), otherwise `"transformers"`; and the reason.
+    """
+    config = model.generation_config
+    others = ["generation_config"] if config is None else unhandled(config)
+    if others:
+        return "transformers", f"its generation configuration asks for {', '.join(others)}"
+    if getattr(model, "bytelane_float_ops", "torch") == "native":
+        return "native", "bytelane's kernels compute all of the model"
+    reason = refusal(model) if graph else "captured steps are switched off"
+    return ("graph", "its step can be captured") if reason is None else ("transformers", reason)
 
 
 @dataclass(frozen=True)
@@ -147,40 +175,57 @@ def generate(
     sampling: Sampling,
     on_text: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
+    graph: bool = True,
 ) -> tuple[str, GenerationStats]:
     """Generate after `input_ids` `[1, n]`, streaming text to `on_text` as it is decoded.
 
-    Stops at any of the generation configuration's end tokens, at `max_new_tokens`, or once `stopped()` is true.
+    Stops at any of the generation configuration's end tokens, at `max_new_tokens`, or once `stopped()` is true. On a
+    CUDA device the step is captured where it can be, unless `graph` is false; `decoding` says which it is.
 
     Returns:
         The text and what it cost.
     """
-    output, stats = _generate(model, tokenizer, input_ids, None, max_new_tokens, sampling, on_text, stopped)
+    held = _empty(model, graph)
+    output, stats = _generate(model, tokenizer, input_ids, held, max_new_tokens, sampling, on_text, stopped)
     return _new_text(tokenizer, output, stats), stats
+
+
+Held: TypeAlias = Cache | StepGraph
+"""What a model has read: a cache, or a captured step with its own."""
+
+
+def _empty(model: PreTrainedModel, graph: bool) -> Held:
+    """What to begin with: nothing read."""
+    way, _ = decoding(model, graph=graph)
+    return StepGraph(model, GRAPH_POSITIONS) if way == "graph" else make_cache(model)
+
+
+def _tokens_in(held: Held) -> int:
+    return held.used if isinstance(held, StepGraph) else int(held.get_seq_length())
 
 
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     input_ids: torch.Tensor,
-    cache: Cache | None,
+    held: Held,
     max_new_tokens: int,
     sampling: Sampling,
     on_text: Callable[[str], None],
     stopped: Callable[[], bool],
 ) -> tuple[torch.Tensor, GenerationStats]:
-    """The tokens `[n + new]`, prompt included, and what they cost; `cache` holds some first tokens of the prompt."""
+    """The tokens `[n + new]`, prompt included, and what they cost; `held` has read some first tokens of the prompt."""
     streamer = _Streamer(tokenizer, on_text)
     ids = input_ids.to(model.device)
-    cache = make_cache(model) if cache is None else cache
-    reused = cache.get_seq_length()
-    config = model.generation_config
+    reused = _tokens_in(held)
     start = time.perf_counter()
     with torch.inference_mode():
-        if getattr(model, "bytelane_float_ops", "torch") == "native" and config is not None and not unhandled(config):
-            output = _decode(model, ids, cache, max_new_tokens, sampling, streamer, stopped)
+        if isinstance(held, StepGraph):
+            output = _decode_graph(model, ids, held, max_new_tokens, sampling, streamer, stopped)
+        elif decoding(model, graph=False)[0] == "native":
+            output = _decode(model, ids, held, max_new_tokens, sampling, streamer, stopped)
         else:
-            output = _transformers_generate(model, tokenizer, ids, cache, max_new_tokens, sampling, streamer, stopped)
+            output = _transformers_generate(model, tokenizer, ids, held, max_new_tokens, sampling, streamer, stopped)
     times = streamer.times or [time.perf_counter()]
     new = output.shape[1] - ids.shape[1]
     return output[0], GenerationStats(ids.shape[1], new, times[0] - start, times[-1] - times[0], reused)
@@ -200,25 +245,74 @@ def _decode(
     The prompt goes in by pieces, which bounds memory and changes no bit.
     """
     run: Any = model
-    chooser, ends = Chooser.of(sampling, run.generation_config), end_tokens(run.generation_config)
-    streamer.put(ids)
-    tokens: list[int] = ids[0].tolist()
-    prompt = len(tokens)
     given = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
     for piece in ids[:, cache.get_seq_length() :].split(PREFILL_TOKENS, dim=1):
         logits = run(piece, **given).logits
-    last = logits[0, -1]
     stack = DecodeStack.of(model)
     if stack is not None and not stack.takes(cache):
         stack = None
+
+    def step(token: int) -> torch.Tensor:
+        if stack is not None:
+            return stack.step(token, cache)
+        found: torch.Tensor = run(ids.new_tensor([[token]]), **given).logits[0, -1]
+        return found
+
+    return _answer(model, ids, logits[0, -1], step, max_new_tokens, sampling, streamer, stopped)
+
+
+def _decode_graph(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    graph: StepGraph,
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: _Streamer,
+    stopped: Callable[[], bool],
+) -> torch.Tensor:
+    """Token by token, each a replay of the captured step; there is always room for one more."""
+
+    def room(tokens: int) -> None:
+        length = graph.length
+        while length < tokens:
+            length *= 2
+        if length > graph.length:
+            graph.grow(length)
+
+    room(ids.shape[1] + 1)
+    for piece in ids[0, graph.used :].split(PREFILL_TOKENS):
+        last = graph.read(piece)
+
+    def step(token: int) -> torch.Tensor:
+        room(graph.used + 1)
+        return graph.step(token)
+
+    return _answer(model, ids, last, step, max_new_tokens, sampling, streamer, stopped)
+
+
+def _answer(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    last: torch.Tensor,
+    step: Callable[[int], torch.Tensor],
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: _Streamer,
+    stopped: Callable[[], bool],
+) -> torch.Tensor:
+    """Tokens `[1, n + new]`: chosen from the logits `last`, then from those of `step`, until something ends it."""
+    config: Any = model.generation_config
+    chooser, ends = Chooser.of(sampling, config), end_tokens(config)
+    streamer.put(ids)
+    tokens: list[int] = ids[0].tolist()
+    prompt = len(tokens)
     while True:
         token = chooser.choose(last, tokens)
         tokens.append(token)
-        step = ids.new_tensor([[token]])
-        streamer.put(step[0])
+        streamer.put(torch.tensor([token]))
         if token in ends or len(tokens) - prompt >= max_new_tokens or stopped():
             break
-        last = run(step, **given).logits[0, -1] if stack is None else stack.step(token, cache)
+        last = step(token)
     streamer.end()
     return ids.new_tensor([tokens])
 
@@ -268,7 +362,12 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        graph: bool = True,
     ) -> None:
         """Begin a conversation.
 
@@ -276,7 +375,9 @@ class ChatSession:
             model: as `load_model` returns it.
             tokenizer: the model's.
             system: a system message.
+            graph: as for `generate`. A captured step can always be cut back: its cache drops nothing.
         """
+        self._graph = graph
         self.model = model
         self.tokenizer = tokenizer
         self._start: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -288,7 +389,7 @@ class ChatSession:
         self._drop_cache()
 
     def _drop_cache(self) -> None:
-        self._cache: Cache | None = None
+        self._cache: Held | None = None
         self._cached: list[int] = []
 
     def ask(
@@ -314,19 +415,22 @@ class ChatSession:
         self._drop_cache()
         output, stats = _generate(self.model, self.tokenizer, ids, cache, max_new_tokens, sampling, on_text, stopped)
         # The last token was chosen but never run, so it is not in the cache: the cache's own length is what counts.
-        self._cache, self._cached = cache, output[: cache.get_seq_length()].tolist()
+        self._cache, self._cached = cache, output[: _tokens_in(cache)].tolist()
         answer = _new_text(self.tokenizer, output, stats)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer, replace(stats, restarted=restarted)
 
-    def _prepared(self, ids: list[int]) -> tuple[Cache, bool]:
+    def _prepared(self, ids: list[int]) -> tuple[Held, bool]:
         """A cache that holds only first tokens of `ids`, and whether an older one had to be given up for it."""
         # At least one token is left to run: the answer's first token comes from its logits.
         pairs = zip(self._cached, ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if isinstance(self._cache, StepGraph):
+            self._cache.rewind(common)
+            return self._cache, False
         if self._cache is not None and rewind(self._cache, common):
             return self._cache, False
-        return make_cache(self.model), self._cache is not None
+        return _empty(self.model, self._graph), self._cache is not None
 
 
 def peak_memory_bytes() -> int:

@@ -26,7 +26,30 @@ from transformers.cache_utils import StaticLayer
 from bytelane.cache import cache_keyword
 from bytelane.decoder.parts import is_decoder
 from bytelane.errors import ModelConfigError
+from bytelane.layers import QuantLinear
+from bytelane.scheme import Numerics
 from bytelane.static_cache import Int8StaticLayer, make_static_cache
+
+
+def unknown_step(model: PreTrainedModel) -> str | None:
+    """Why a model's masks and positions are not known to `StepGraph`; None when they are."""
+    decoder: Any = model.get_decoder()
+    if not is_decoder(decoder) or getattr(model, "model", None) is not decoder:
+        return f"{type(decoder).__name__} is not an architecture whose decoding step can be captured"
+    return None
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why `generate` and chats do not decode this model by `StepGraph`; None when they do.
+
+    The rule: a model on a CUDA device, of a known architecture, whose linear layers all compute in integers. The
+    emulated numerics run operation by operation and are there to be compared with, so they stay eager.
+    """
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}: steps are captured on cuda"
+    if any(isinstance(m, QuantLinear) and m.numerics is not Numerics.INTEGER for m in model.modules()):
+        return "emulated numerics are not captured"
+    return unknown_step(model)
 
 
 def _whole_length(model: PreTrainedModel, length: int) -> Cache:
@@ -59,13 +82,8 @@ class StepGraph:
         Raises:
             ModelConfigError: a model whose masks and positions this does not know.
         """
-        decoder: Any = model.get_decoder()
-        text: Any = model
-        if not is_decoder(decoder) or getattr(text, "model", None) is not decoder:
-            raise ModelConfigError(
-                f"{type(decoder).__name__} is not an architecture whose decoding step can be captured",
-                tensor=type(model).__name__,
-            )
+        if (reason := unknown_step(model)) is not None:
+            raise ModelConfigError(reason, tensor=type(model).__name__)
         config = model.config.get_text_config()
         kinds: list[str] | None = getattr(config, "layer_types", None)
         self._window: int | None = getattr(config, "sliding_window", None)
@@ -81,6 +99,45 @@ class StepGraph:
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self.used = 0
+
+    @torch.inference_mode()
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens: no place is ever dropped, so any of them can be the last.
+
+        Raises:
+            ValueError: fewer tokens are held.
+        """
+        if not 0 <= length <= self.used:
+            raise ValueError(f"{self.used} tokens are held, the first {length} cannot be kept")
+        self._go_to(length)
+
+    @torch.inference_mode()
+    def grow(self, length: int) -> None:
+        """Make room for more positions; what was read is kept, and the step is captured anew when it is next run.
+
+        Raises:
+            ValueError: fewer positions than there are.
+        """
+        if length < self.length:
+            raise ValueError(f"{self.length} positions cannot become {length}")
+        before, self.cache = self.cache, _whole_length(self._model, length)
+        self._graph, self._logits = None, None
+        self.length = length
+        self._places = torch.arange(length, device=self._model.device)
+        for new, held in zip(self.cache.layers, before.layers, strict=True):
+            if isinstance(held, StaticLayer) and held.is_initialized:
+                layer: Any = new
+                layer.lazy_initialization(held.keys, held.values)
+                layer.keys[:, :, : self.used].copy_(held.keys[:, :, : self.used])
+                layer.values[:, :, : self.used].copy_(held.values[:, :, : self.used])
+        self._go_to(self.used)
+
+    def _go_to(self, used: int) -> None:
+        self.used = used
+        self._position.fill_(used)
+        for layer in self.cache.layers:
+            if isinstance(layer, StaticLayer) and layer.is_initialized:
+                layer.cumulative_length.fill_(used)
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         seen = self._places[None, None, None, :] <= positions[:, None, :, None]
@@ -136,9 +193,7 @@ class StepGraph:
             # once to compile and to allocate; a place written before its time is written again
             self._step()
         torch.cuda.current_stream().wait_stream(side)
-        self._position.fill_(self.used)
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.used)
+        self._go_to(self.used)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._logits = self._step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -16,6 +16,7 @@ from bytelane.cli.options import RunOptions
 from bytelane.cli.output import progress
 from bytelane.decoder import FloatOps
 from bytelane.generation import load_tokenizer
+from bytelane.kernels import gpu
 from bytelane.models import load_config, load_model, resolve_checkpoint
 from bytelane.quantize.text import Split
 from bytelane.scheme import Numerics
@@ -100,3 +101,18 @@ def load(model: str, options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTo
             progress=report,
         )
     return loaded, tokenizer, directory
+
+
+def prepare(model: PreTrainedModel, rows: Iterable[int] | None = None) -> None:
+    """Compile the kernels a model on a CUDA device needs, side by side and with a progress bar; elsewhere nothing.
+
+    Args:
+        model: as `load` returns it.
+        rows: numbers of tokens it will be given at once; any up to a piece of a prompt by default.
+    """
+    if model.device.type != "cuda" or not gpu.TRITON or not gpu.supported_isas():
+        return
+    from bytelane.kernels.compile_ahead import ROWS, compile_ahead
+
+    with progress("compiling kernels") as report:
+        compile_ahead(model, rows=ROWS if rows is None else rows, progress=report)

@@ -37,6 +37,9 @@ class AnswerOptions:
         float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest p of probability.")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+    graph: Annotated[
+        bool, typer.Option(help="On CUDA, capture the decoding step as a CUDA graph where the model allows it.")
+    ] = True
 
     def sampling(self) -> Sampling:
         """As a request."""
@@ -68,12 +71,13 @@ def run(
 
     Example: `bytelane run ./my-model "What is the capital of France?" --greedy`
     """
-    from bytelane.cli.common import load
-    from bytelane.generation import encode, generate, peak_memory_bytes
+    from bytelane.cli.common import load, prepare
+    from bytelane.generation import PREFILL_TOKENS, decoding, encode, generate, peak_memory_bytes
 
     loaded, tokenizer, directory = load(model, options)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode(tokenizer, text if raw else _messages(asked.system, text), raw=raw)
+    prepare(loaded, {1, min(ids.shape[1], PREFILL_TOKENS), ids.shape[1] % PREFILL_TOKENS} - {0})
     answer, stats = generate(
         loaded,
         tokenizer,
@@ -81,6 +85,7 @@ def run(
         max_new_tokens=max_new_tokens,
         sampling=asked.sampling(),
         on_text=(lambda _: None) if json_output else _write,
+        graph=asked.graph,
     )
     memory = peak_memory_bytes()
     if json_output:
@@ -88,6 +93,7 @@ def run(
             "numerics": options.numerics,
             "kv_cache": loaded.bytelane_kv_cache,
             "float_ops": loaded.bytelane_float_ops,
+            "decoding": decoding(loaded, graph=asked.graph)[0],
         }
         emit({"model": str(directory), **ways, "text": answer, **stats.as_dict(), "peak_memory": memory})
         return
@@ -124,12 +130,13 @@ def chat(
     conversation, `/exit` ends it. With `--json`, each line of standard input is a message and each answer is a line of
     JSON.
     """
-    from bytelane.cli.common import load
+    from bytelane.cli.common import load, prepare
     from bytelane.generation import ChatSession, peak_memory_bytes
 
     loaded, tokenizer, _ = load(model, options)
+    prepare(loaded)
     sampling = asked.sampling()
-    session = ChatSession(loaded, tokenizer, system=asked.system)
+    session = ChatSession(loaded, tokenizer, system=asked.system, graph=asked.graph)
     while (line := _ask(json_output)) is not None:
         if line in ("/exit", "/quit"):
             break

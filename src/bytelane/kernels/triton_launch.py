@@ -7,7 +7,10 @@ aligned to 16 bytes as torch's are, and then only passes pointers. Tensors that 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,6 +88,20 @@ def require(tensor: Tensor, dtype: torch.dtype, count: int, what: str) -> Tensor
     return tensor
 
 
+_notes: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[tuple[Launch, tuple[torch.dtype, ...]]]]:
+    """Within, this thread's launches are noted, with their tensors' dtypes, and not made. Outputs stay unwritten."""
+    found: list[tuple[Launch, tuple[torch.dtype, ...]]] = []
+    token = _notes.set(found)
+    try:
+        yield found
+    finally:
+        _notes.reset(token)
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A kernel with everything of its launch but the tensors, which come first among its arguments.
@@ -123,6 +140,9 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the tensors' device."""
+        if (notes := _notes.get()) is not None:
+            notes.append((self, tuple([tensor.dtype for tensor in tensors])))
+            return
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
