@@ -31,8 +31,9 @@ struct Avx2 {
     static constexpr int vector_bytes = 32;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
-    static constexpr int quad_rows = 2;
-    static constexpr int most_quad_rows = 0;
+    static constexpr int quad_channels = 2;
+    static constexpr int quad_rows = 4;
+    static constexpr int most_quad_rows = 24;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 2;
 
@@ -88,6 +89,10 @@ struct Avx2 {
         }
     }
 
+    // The sum stays in its register. Of the intrinsic GCC makes a sum in the product's register and, in every step, a copy.
+    static void add_16(__m256i& sum, __m256i product) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product)); }
+    static void add_32(__m256i& sum, __m256i product) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product)); }
+
     static constexpr int unpack_codes = 32;
 
     template <int Bits>
@@ -134,14 +139,14 @@ struct Avx2 {
         }
 
         static void add(Sum& s, Vector u, Vector q) {
-            s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(u, q));
+            add_16(s.narrow, _mm256_maddubs_epi16(u, q));
         }
     };
 
-    // What the two tiles of a panel share: vectors of 8 channels, 2 of them, and 3 rows of activations.
+    // What the two tiles of a panel share: vectors of 8 channels, 2 of them.
     struct Channels {
         using Words = __m256i;
-        static constexpr int lanes = 8, vectors = 2, rows = 3;
+        static constexpr int lanes = 8, vectors = 2;
 
         static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
 
@@ -187,6 +192,7 @@ struct Avx2 {
     struct Tile : Channels {
         using Element = std::int8_t;
         using Weights = __m256i;
+        static constexpr int rows = 5;
         static constexpr std::int64_t q_step = 4;
 
         struct Sum {
@@ -212,7 +218,7 @@ struct Avx2 {
         }
         static void hold(Sum&) {}
         static void add(Sum& s, Weights w, __m256i q) {
-            s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(w, q));
+            add_16(s.narrow, _mm256_maddubs_epi16(w, q));
         }
     };
 
@@ -220,6 +226,7 @@ struct Avx2 {
     struct Tile8 : Channels {
         using Element = std::int16_t;
         using Sum = __m256i;
+        static constexpr int rows = 3;
         static constexpr std::int64_t q_step = 8;
 
         struct Weights {
@@ -245,8 +252,8 @@ struct Avx2 {
         static void flush(Sum&) {}
         static void hold(Sum&) {}
         static void add(Sum& s, const Weights& w, const Activations& q) {
-            s = _mm256_add_epi32(s, _mm256_madd_epi16(w.even, q.even));
-            s = _mm256_add_epi32(s, _mm256_madd_epi16(w.odd, q.odd));
+            add_32(s, _mm256_madd_epi16(w.even, q.even));
+            add_32(s, _mm256_madd_epi16(w.odd, q.odd));
         }
     };
 
@@ -359,7 +366,7 @@ struct Avx2::Dot<8> {
         total.wide = _mm256_add_epi32(total.wide, part.wide);
     }
 
-    static void add(Sum& s, Vector u, Vector q) { s.wide = _mm256_add_epi32(s.wide, _mm256_madd_epi16(u, q)); }
+    static void add(Sum& s, Vector u, Vector q) { add_32(s.wide, _mm256_madd_epi16(u, q)); }
 };
 
 inline __m256i shifted_word(const std::uint8_t* codes, __m256i shifts) {

@@ -57,6 +57,7 @@ struct Avx512Vnni {
     static constexpr int vector_bytes = 64;
     static constexpr bool spreads_in_registers = kVbmi;
     static constexpr int sums = 12;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 6;
     static constexpr int most_quad_rows = 64;
     static constexpr int prefetch_bytes = 2048;

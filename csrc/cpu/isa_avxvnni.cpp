@@ -21,6 +21,7 @@ inline __m256i dot_bytes(__m256i sum, __m256i u, __m256i q) { return _mm256_dpbu
 
 struct AvxVnni : Avx2 {
     static constexpr int sums = 8;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 2;
     static constexpr int most_quad_rows = 0;
 

@@ -26,6 +26,7 @@ struct Portable {
     static constexpr int vector_bytes = 16;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 2;
     static constexpr int most_quad_rows = 0;
     static constexpr int prefetch_bytes = 2048;

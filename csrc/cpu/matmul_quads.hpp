@@ -33,7 +33,7 @@
 namespace bytelane::cpu {
 namespace {
 
-constexpr std::int64_t kQuad = 4;
+constexpr std::int64_t kQuad = 4;  // weight rows side by side, at most
 constexpr std::int64_t kSerialBytes = 48 << 10;              // less weight than this is not worth waking a thread
 constexpr std::int64_t kPartActivations = 2048;          // bytes of a row's part
 constexpr std::int64_t kQuadActivations = 384 << 10;     // bytes of a block of rows
@@ -50,7 +50,7 @@ constexpr std::uint32_t kTaken = [] {
     }
 }();
 
-// Four weight rows from some code on: `bytes` of each are dotted, and nothing is read at or past `end`. `ahead` is where
+// Weight rows from some code on: `bytes` of each are dotted, and nothing is read at or past `end`. `ahead` is where
 // memory was last asked for, `share` bytes of it with every vector.
 struct Quad {
     const std::uint8_t* row[kQuad];
@@ -60,28 +60,27 @@ struct Quad {
     std::int64_t share;
 };
 
-// MR rows of arranged activations against four weight rows: acc[m * kPanel + 0 .. 3] (+)= the dots.
+// MR rows of arranged activations against Isa::quad_channels weight rows: acc[m * kPanel + 0 ..] (+)= the dots.
 template <class Isa, int Bits, int MR>
 [[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, bool first,
                                 std::int32_t* acc) {
     using L = Layout<Isa, Bits>;
     using Dot = typename L::Dot;
-    typename Dot::Sum sum[MR][kQuad];
+    constexpr int channels = Isa::quad_channels;
+    typename Dot::Sum sum[MR * channels];
     const auto each = [&](auto&& body) __attribute__((always_inline)) {
-        unroll<MR>([&](auto m) __attribute__((always_inline)) {
-            unroll<kQuad>([&](auto r) __attribute__((always_inline)) { body(sum[m.value][r.value]); });
-        });
+        unroll<MR * channels>([&](auto i) __attribute__((always_inline)) { body(sum[i.value]); });
     };
     const auto step = [&](auto&& load) __attribute__((always_inline)) {
         unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
-            typename Isa::Vector u[kQuad];
-            unroll<kQuad>([&](auto r) __attribute__((always_inline)) {
+            typename Isa::Vector u[channels];
+            unroll<channels>([&](auto r) __attribute__((always_inline)) {
                 u[r.value] = Dot::template part<part.value>(load(r));
             });
             unroll<MR>([&](auto m) __attribute__((always_inline)) {
                 const auto activations = Isa::load(q + m.value * q_stride + part.value * L::vector_bytes);
-                unroll<kQuad>([&](auto r) __attribute__((always_inline)) {
-                    Dot::add(sum[m.value][r.value], u[r.value], activations);
+                unroll<channels>([&](auto r) __attribute__((always_inline)) {
+                    Dot::add(sum[m.value * channels + r.value], u[r.value], activations);
                 });
             });
         });
@@ -110,14 +109,16 @@ template <class Isa, int Bits, int MR>
         });
         each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
     }
-    unroll<MR>([&](auto m) __attribute__((always_inline)) {
-        const auto& s = sum[m.value];
-        std::int32_t* out = acc + m.value * kPanel;
-        if (first) return Isa::total_4(s[0].wide, s[1].wide, s[2].wide, s[3].wide, out);
-        std::int32_t more[kQuad];
-        Isa::total_4(s[0].wide, s[1].wide, s[2].wide, s[3].wide, more);
-        for (int i = 0; i < kQuad; ++i) {
-            out[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(out[i]) + static_cast<std::uint32_t>(more[i]));
+    // four sums are folded together, whatever rows they are of
+    unroll<(MR * channels + 3) / 4>([&](auto four) __attribute__((always_inline)) {
+        constexpr int from = four.value * 4, last = MR * channels - 1;
+        const auto wide = [&](int i) __attribute__((always_inline)) { return sum[from + i < last ? from + i : last].wide; };
+        std::int32_t total[4];
+        Isa::total_4(wide(0), wide(1), wide(2), wide(3), total);
+        for (int i = 0; i < 4 && from + i <= last; ++i) {
+            std::int32_t& out = acc[(from + i) / channels * kPanel + (from + i) % channels];
+            const std::uint32_t before = first ? 0 : static_cast<std::uint32_t>(out);
+            out = static_cast<std::int32_t>(before + static_cast<std::uint32_t>(total[i]));
         }
     });
 }
@@ -144,7 +145,7 @@ class QuadDriver {
         m_block_ = smaller(a_.m, larger(Isa::quad_rows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
         const bool serial = row_bytes_ * a_.n * a_.m < kSerialBytes;
         threads_ = serial ? 1 : static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
-        ahead_ = larger(kAheadBytes, kQuad * row_bytes_);
+        ahead_ = larger(kAheadBytes, Isa::quad_channels * row_bytes_);
         own_ = threads_ == 1 || a_.n >= kOwnChannels * threads_;
     }
 
@@ -218,12 +219,12 @@ class QuadDriver {
         const std::uint8_t* ahead = a_.w + begin * row_bytes_ + ahead_;
         for (std::int64_t n0 = begin; n0 < end; n0 += kPanel) {
             const std::int64_t count = smaller(kPanel, end - n0);
-            for (std::int64_t n = 0; n < count; n += kQuad) ahead = run_quad(q, n0 + n, ahead, acc + n);
+            for (std::int64_t n = 0; n < count; n += Isa::quad_channels) ahead = run_quad(q, n0 + n, ahead, acc + n);
             finish(q, n0, count, scales, acc);
         }
     }
 
-    // Four channels; those past the last one repeat it.
+    // Those past the last channel repeat it.
     const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead,
                                  std::int32_t* acc) const {
         const std::int64_t tiles = ceil_div(q.rows, Isa::quad_rows);
@@ -232,7 +233,7 @@ class QuadDriver {
         for (std::int64_t part = 0; part < parts_; ++part) {
             const std::int64_t first = part * part_blocks_, blocks = blocks_of(part);
             if (blocks <= 0) break;
-            for (std::int64_t r = 0; r < kQuad; ++r) {
+            for (std::int64_t r = 0; r < Isa::quad_channels; ++r) {
                 quad.row[r] = a_.w + smaller(n + r, a_.n - 1) * row_bytes_ + first * L::weight_bytes;
             }
             quad.bytes = smaller(row_bytes_ - first * L::weight_bytes, blocks * L::weight_bytes);
@@ -240,7 +241,7 @@ class QuadDriver {
             for (std::int64_t tile = 0; tile < tiles; ++tile) {
                 const std::int64_t from = q.rows * tile / tiles, to = q.rows * (tile + 1) / tiles;
                 quad.ahead = ahead;
-                quad.share = (kQuad * (tile + 1) / tiles - kQuad * tile / tiles) * L::weight_bytes;
+                quad.share = (Isa::quad_channels * (tile + 1) / tiles - Isa::quad_channels * tile / tiles) * L::weight_bytes;
                 ahead += quad.share * blocks;
                 dot_quad_rows<Isa, Bits>(to - from, quad, codes + from * blocks * L::block_bytes,
                                          blocks * L::block_bytes, part == 0, acc + from * kPanel);

@@ -122,10 +122,13 @@ std::int32_t arrange_steps(const std::int8_t* q, std::int64_t count, std::uint8_
     return sum;
 }
 
-// What to ask memory for while a panel is dotted: a line with every step, `step` bytes apart; 0 to ask for nothing new.
+// What to ask memory for while a panel is dotted: a line with every step, as long as there are any.
 struct Ahead {
-    const std::uint8_t* first;
-    std::int64_t step;
+    const std::uint8_t* next;
+    const std::uint8_t* end;
+
+    // What a run of `steps` steps asks for: from `next` on, `step` bytes apart; 0 for the same line again.
+    std::int64_t step(std::int64_t steps) const { return end - next >= steps * 64 ? 64 : 0; }
 };
 
 // `steps` steps of a panel, from w on, against MR rows of arranged activations, from q on, into the sums.
@@ -135,10 +138,12 @@ template <class Tile, int MR>
                                              Ahead& ahead, typename Tile::Sum (&sum)[MR][Tile::vectors]) {
     constexpr int vectors = Tile::vectors;
     constexpr std::int64_t step_bytes = Tile::lanes * kStepCodes;
+    const std::int64_t ahead_step = ahead.step(steps);
+    const std::uint8_t* next = ahead.next;
     for (std::int64_t left = steps; left > 0; left -= flush_steps) {
         for (const std::uint8_t* stop = w + smaller(left, flush_steps) * step_bytes; w != stop; w += step_bytes) {
-            __builtin_prefetch(ahead.first, 0, 2);
-            ahead.first += ahead.step;
+            __builtin_prefetch(next, 0, 2);
+            next += ahead_step;
             typename Tile::Weights weights[vectors];
             unroll<vectors>([&](auto v) __attribute__((always_inline)) {
                 weights[v.value] = Tile::weights(w + v.value * block_bytes);
@@ -158,6 +163,7 @@ template <class Tile, int MR>
             });
         });
     }
+    ahead.next = next;
 }
 
 // MR rows of arranged activations against `steps` steps of a panel: acc[m * kPanel + c] (+)= the dots. `flush_steps`:
@@ -165,7 +171,7 @@ template <class Tile, int MR>
 template <class Tile, int MR>
 [[gnu::noinline]] void dot_panel(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
                                  std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
-                                 std::int64_t channels, bool first, Ahead ahead, std::int32_t* acc) {
+                                 std::int64_t channels, bool first, Ahead& ahead, std::int32_t* acc) {
     constexpr int vectors = Tile::vectors;
     for (std::int64_t c = 0; c < channels; c += vectors * Tile::lanes, panel += vectors * block_bytes) {
         typename Tile::Sum sum[MR][vectors];
@@ -230,7 +236,7 @@ template <int Count, class Vector>
 template <class Tile, int MR>
 [[gnu::noinline]] void dot_panel_groups(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
                                         std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
-                                        std::int64_t channels, const PanelGroups& groups, Ahead ahead, float* total) {
+                                        std::int64_t channels, const PanelGroups& groups, Ahead& ahead, float* total) {
     constexpr int vectors = Tile::vectors, lanes = Tile::lanes;
     const std::int64_t stride = groups.stride;
     for (std::int64_t c = 0; c < channels; c += vectors * lanes, panel += vectors * block_bytes) {
@@ -259,7 +265,7 @@ template <class Tile, int MR>
 
 // The same for a number of rows known at run time, at most Tile::rows.
 template <class Tile, int MR = Tile::rows, class... Args>
-void dot_panel_rows(std::int64_t rows, const Args&... args) {
+void dot_panel_rows(std::int64_t rows, Args&&... args) {
     if constexpr (MR > 1) {
         if (rows < MR) return dot_panel_rows<Tile, MR - 1>(rows, args...);
     }
@@ -267,7 +273,7 @@ void dot_panel_rows(std::int64_t rows, const Args&... args) {
 }
 
 template <class Tile, int MR = Tile::rows, class... Args>
-void dot_panel_groups_rows(std::int64_t rows, const Args&... args) {
+void dot_panel_groups_rows(std::int64_t rows, Args&&... args) {
     if constexpr (MR > 1) {
         if (rows < MR) return dot_panel_groups_rows<Tile, MR - 1>(rows, args...);
     }

@@ -28,13 +28,9 @@ MAX_TILE = 4  # kMaxTile
 PANEL_ROWS = 8  # kPanelRows
 SERIAL_BYTES = 48 << 10  # kSerialBytes
 TILE_BYTES = 32 << 10  # kTileBytes
-QUAD = 4  # kQuad: weight rows side by side
-QUAD_ROWS = {
-    "avx512vbmi": 6,
-    "avx512vnni": 6,
-    "dotprod": 6,
-}  # quad_rows, of a tile; others have 2
-MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64}  # most_quad_rows: where quads are better than panels; others 0
+QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
+QUAD_ROWS = {"avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}  # quad_rows, of a tile; others have 2
+MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}  # most_quad_rows: quads beat panels; others 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,8 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
     if packed and not group_size and m > 1 and (not transposed or m <= MOST_QUAD_ROWS.get(kernel.isa or "", 0)):
         tile = -(-m // -(-m // QUAD_ROWS.get(kernel.isa or "", 2)))
         threads = 1 if size * n * m < SERIAL_BYTES else min(threads, -(-n // STEP))
-        return Plan(f"{QUAD} channels x {tile} rows a tile, codes dotted as they lie", threads)
+        side_by_side = QUAD_CHANNELS.get(kernel.isa or "", 4)
+        return Plan(f"{side_by_side} channels x {tile} rows a tile, codes dotted as they lie", threads)
     if transposed:
         panels = -(-n // PANEL)
         return Plan(
