@@ -48,6 +48,8 @@ def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> Non
         ("quad_rows", plan.QUAD_ROWS, 2),
         ("most_quad_rows", plan.MOST_QUAD_ROWS, 0),
     )
+    if isa in plan.MOST_SPREAD_ROWS:
+        tables += (("most_spread_rows", plan.MOST_SPREAD_ROWS, 0),)
     for name, table, other in tables:
         (found,) = re.findall(rf"static constexpr int {name} = (\d+);", source)
         assert int(found) == table.get(isa, other)
@@ -95,6 +97,20 @@ def test_plans_without_tall_tiles(m: int, bits: int, blocking: str) -> None:
 )
 def test_plans_of_two_channels(m: int, blocking: str) -> None:
     assert plan.plan_linear(_kernel("avx2", 4, m), 1536, 6144, m, 4, 2).blocking.startswith(blocking)
+
+
+@pytest.mark.parametrize(
+    ("isa", "m", "blocking"),
+    [
+        ("avx2", 1, "64 channels x 1 row a tile, codes spread in registers"),
+        ("avx2", 8, "2 channels x 4 rows a tile, codes spread in registers"),
+        ("avx2", 9, "panels of 64 channels"),
+        ("avx512vbmi", 64, "4 channels x 6 rows a tile, codes spread in registers"),
+        ("portable", 2, "64 channels x 2 rows a tile, codes spread to bytes on the way"),
+    ],
+)
+def test_plans_of_other_widths(isa: str, m: int, blocking: str) -> None:
+    assert plan.plan_linear(_kernel(isa, 3, m), 1536, 6144, m, 3, 2).blocking.startswith(blocking)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@
 //       activations   q0 q2 ... q62 | q1 q3 ... q63             one block, 64 bytes
 //
 // An instruction set that can spread codes in registers (`spreads_in_registers`) takes the other widths too: a block is
-// then as many codes as a vector has bytes, in their own order, and has one part.
+// then as many codes as a vector has lanes, in their own order, and has one part. Its load may reach further than the
+// block (`reach`).
 //
 // Lanes are as wide as the instruction set's exact multiply-add wants: see `Dot` in each isa_*.cpp, which also says
 // how many products a narrow sum can take before it is flushed to int32.
@@ -55,6 +56,13 @@ struct Layout {
     static constexpr int block_codes = lanes * parts;
     static constexpr int block_bytes = vector_bytes * parts;  // of the activations
     static constexpr int weight_bytes = block_codes * Bits / 8;
+    static constexpr int reach = [] {  // bytes that a load touches
+        if constexpr (requires { Dot::reach; }) {
+            return Dot::reach;
+        } else {
+            return weight_bytes;
+        }
+    }();
     static_assert(weight_bytes == vector_bytes || (parts == 1 && Isa::spreads_in_registers));
     static_assert(Dot::blocks_per_flush >= 1);
 };
@@ -102,6 +110,16 @@ struct Codes {
     const std::int32_t* sums;
     std::int64_t stride, group_stride, groups;
 };
+
+// The blocks of `bytes` from w on that are whole and loaded within `end`, in bytes.
+template <class L>
+inline std::int64_t whole_blocks(const std::uint8_t* w, std::int64_t bytes, const std::uint8_t* end) {
+    std::int64_t whole = bytes / L::weight_bytes * L::weight_bytes;
+    if constexpr (L::reach > L::weight_bytes) {
+        while (whole > 0 && end - w < whole - L::weight_bytes + L::reach) whole -= L::weight_bytes;
+    }
+    return whole;
+}
 
 // Where the dots of a byte are many its loads reach the memory late, and what the processor fetches ahead by itself is
 // not enough. Into the second level: the first has few misses in flight.
@@ -151,7 +169,8 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
         });
         flush();
     } else {
-        const std::uint8_t* whole = w + rows.bytes / L::weight_bytes * L::weight_bytes;
+        const std::uint8_t* last = w + rows.bytes;
+        const std::uint8_t* whole = w + whole_blocks<L>(w, rows.bytes, rows.end);
         if constexpr (Dot::blocks_per_flush < kNeverFlush) {
             constexpr std::int64_t run = Dot::blocks_per_flush * L::weight_bytes;
             while (whole - w > run) {
@@ -175,8 +194,9 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
             step(Dot::load(w), Index<0>{});
         }
         flush();
-        if (const std::int64_t rest = rows.bytes % L::weight_bytes; rest != 0) {
-            step(rows.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest)), Index<0>{});
+        for (; w < last; w += L::weight_bytes) {
+            const auto rest = static_cast<int>(smaller(last - w, L::weight_bytes));
+            step(rows.end - w >= L::reach ? Dot::load(w) : Dot::load_some(w, rest), Index<0>{});
             flush();
         }
     }

@@ -13,7 +13,7 @@ namespace {
 // The full tile of panel.hpp on one step, over and over; returns how many multiply-adds that was.
 template <class Isa, class Tile>
 std::int64_t peak_dots_of(const PeakDots& args) {
-    constexpr std::int64_t steps = 64, step_bytes = Tile::lanes * kStepCodes;
+    constexpr std::int64_t steps = 64, step_bytes = Tile::step_bytes;
     const Scratch scratch(Tile::vectors * step_bytes + Tile::rows * (Tile::q_step + Tile::vectors * Tile::lanes * 4) +
                               4 * Carver::alignment,
                           args.threads);

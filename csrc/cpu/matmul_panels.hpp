@@ -47,7 +47,8 @@ class PanelDriver {
         parts_ = packed_ ? 8 / a_.bits : 1;
         steps_ = ceil_div(size_, kStepCodes * parts_) * parts_;
         q_row_ = groups_ * steps_ * Tile::q_step + 64;  // rows a power of two apart would share a cache set
-        const std::int64_t fit = kPanelBytes / kStepBytes / 8 * 8, fit_slice = kSliceBytes / (kSlice * kStepCodes) / 8 * 8;
+        const std::int64_t fit = kPanelBytes / (kBlocks * Tile::step_bytes) / 8 * 8;
+        const std::int64_t fit_slice = kSliceBytes / (Tile::vectors * Tile::step_bytes) / 8 * 8;
         const std::int64_t all = groups_ * steps_, whole = groups_ > 1 ? steps_ : 8;  // parts have whole groups or words
         const std::int64_t parts = larger(1, ceil_div(all, kSlice < kPanel ? fit_slice : fit));
         part_steps_ = ceil_div(ceil_div(all, parts), larger(whole, 1)) * whole;
@@ -67,8 +68,7 @@ class PanelDriver {
         const std::int64_t panels = ceil_div(a_.n, kPanel);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-            {
+            in_parallel(threads_, [&] {
                 const Carver mine = scratch.of_this_thread();
 #pragma omp for schedule(static)
                 for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, mine);
@@ -78,7 +78,7 @@ class PanelDriver {
                     const Block block{q, sums, m0, from, rows * (split + 1) / splits_};
                     run_panel(task / splits_ * kPanel, block, mine);
                 }
-            }
+            });
         }
     }
 
@@ -90,7 +90,7 @@ class PanelDriver {
         std::int64_t m0, from, to;
     };
 
-    static std::int64_t block_bytes(std::int64_t steps) { return steps * Tile::lanes * kStepCodes + kBlockGap; }
+    static std::int64_t block_bytes(std::int64_t steps) { return steps * Tile::step_bytes + kBlockGap; }
     static constexpr std::int64_t kBlocks = kPanel / Tile::lanes;
     static constexpr std::int64_t kSlice = Tile::lanes * Tile::vectors;  // channels
 
@@ -137,18 +137,18 @@ class PanelDriver {
             const std::int64_t g = (step + done) / steps, in_group = (step + done) % steps;
             const std::int64_t now = smaller(count - done, steps - in_group);
             const std::int64_t start = in_group * kStepCodes, codes = smaller(now * kStepCodes, size - start);
-            std::uint8_t* out = panel + done * Tile::lanes * kStepCodes;
+            std::uint8_t* out = panel + done * Tile::step_bytes;
             if (packed_) {
                 PanelRows packed = rows;
                 packed.first += (g * size + start) * a_.bits / 8;
                 packed.bytes = ceil_div(codes * a_.bits, 8);
                 switch (a_.bits) {
-                    case 2: fill_panel<Isa, 2>(packed, channels, block_bytes, out); break;
-                    case 4: fill_panel<Isa, 4>(packed, channels, block_bytes, out); break;
-                    default: fill_panel<Isa, 8>(packed, channels, block_bytes, out);
+                    case 2: fill_panel<Tile, 2>(packed, channels, block_bytes, out); break;
+                    case 4: fill_panel<Tile, 4>(packed, channels, block_bytes, out); break;
+                    default: fill_panel<Tile, 8>(packed, channels, block_bytes, out);
                 }
             } else {
-                unpack_panel<Isa>(a_.bits, rows, g * size + start, codes, channels, block_bytes, out);
+                unpack_panel<Isa, Tile>(a_.bits, rows, g * size + start, codes, channels, block_bytes, out);
             }
             done += now;
         }
@@ -181,7 +181,7 @@ class PanelDriver {
                         if (groups_ > 1 && !bare_groups) {
                             dot_group_tile(piece, block, panel, scales, ahead, total + kept);
                         } else {
-                            dot_tile(piece, block, panel, scales, ahead, acc + kept, total + kept);
+                            dot_tile(piece, block, panel, scales, ahead, acc + kept);
                         }
                     }
                 }
@@ -198,18 +198,18 @@ class PanelDriver {
     };
 
     void dot_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales, Ahead& ahead,
-                  std::int32_t* acc, float* total) const {
+                  std::int32_t* acc) const {
         const std::int64_t block_bytes = this->block_bytes(p.count);
         panel += p.c / Tile::lanes * block_bytes;
         for (std::int64_t done = 0; done < p.count || done == 0;) {
             const std::int64_t g = (p.step + done) / larger(steps_, 1), now = smaller(p.count - done, steps_);
-            dot_panel_rows<Tile>(p.rows, panel + done * Tile::lanes * kStepCodes, block_bytes, now,
+            dot_panel_rows<Tile>(p.rows, panel + done * Tile::step_bytes, block_bytes, now,
                                  Tile::flush_steps(a_.bits), block.q + p.row * q_row_ + (p.step + done) * Tile::q_step,
                                  q_row_, p.some, groups_ > 1 || p.step == 0, ahead, acc + p.c);
             done += larger(now, 1);
             const bool last = p.step + done >= groups_ * steps_;
             if (groups_ > 1 || (last && p.last_slice())) {
-                for (std::int64_t i = 0; i < p.rows; ++i) finish(p, block, i, g, last, scales, acc, total);
+                for (std::int64_t i = 0; i < p.rows; ++i) finish(p, block, i, g, scales, acc);
             }
         }
     }
@@ -242,23 +242,20 @@ class PanelDriver {
     }
 
     // What follows when the accumulators of row i and group g are complete.
-    void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, bool last,
-                const PanelScales& scales, std::int32_t* all_acc, float* all_total) const {
-        std::int32_t* acc = all_acc + i * kPanel;
-        float* total = all_total + i * kPanel;
+    void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, const PanelScales& scales,
+                const std::int32_t* all_acc) const {
+        const std::int32_t* acc = all_acc + i * kPanel;
         const std::int64_t m = block.m0 + p.row + i, at = m * a_.n + p.n0;
         const auto start = static_cast<std::uint32_t>(block.sums[(p.row + i) * groups_ + g]);
-        for (std::int64_t n = 0; n < kPanel; ++n) {
-            acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) + start);
-        }
         if (a_.acc != nullptr) {
-            for (std::int64_t n = 0; n < p.channels; ++n) a_.acc[(at + n) * groups_ + g] = acc[n];
+            for (std::int64_t n = 0; n < p.channels; ++n) {
+                const auto whole = static_cast<std::uint32_t>(acc[n]) + start;
+                a_.acc[(at + n) * groups_ + g] = static_cast<std::int32_t>(whole);
+            }
             return;
         }
-        scale_group(acc, scales, g, kPanel, total);
-        if (!last) return;
         auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
-        finish_total<Isa>(total, scales, a_.output, groups_, p.channels, y);
+        finish_panel<Isa>(acc, scales, a_.output, 1, p.channels, y, start);
     }
 
     const Matmul& a_;

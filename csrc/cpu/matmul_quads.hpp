@@ -88,7 +88,8 @@ template <class Isa, int Bits, int MR>
     };
     each([](auto& s) __attribute__((always_inline)) { Dot::clear(s); });
     const std::uint8_t* ahead = quad.ahead;
-    const std::int64_t whole = quad.bytes / L::weight_bytes * L::weight_bytes;
+    // the last row is the one that ends last
+    const std::int64_t whole = whole_blocks<L>(quad.row[channels - 1], quad.bytes, quad.end);
     std::int64_t at = 0;
     while (at != whole) {
         std::int64_t stop = whole;
@@ -102,10 +103,11 @@ template <class Isa, int Bits, int MR>
         }
         each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
     }
-    if (const std::int64_t rest = quad.bytes - whole; rest != 0) {
+    for (; at < quad.bytes; at += L::weight_bytes) {
+        const auto rest = static_cast<int>(smaller(quad.bytes - at, L::weight_bytes));
         step([&](auto r) __attribute__((always_inline)) {
             const std::uint8_t* w = quad.row[r.value] + at;
-            return quad.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest));
+            return quad.end - w >= L::reach ? Dot::load(w) : Dot::load_some(w, rest);
         });
         each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
     }
@@ -155,8 +157,7 @@ class QuadDriver {
         const Scratch scratch((own_ ? codes : 0) + thread_bytes(), threads_);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-            {
+            in_parallel(threads_, [&] {
                 // a team may be smaller than asked for
                 const std::int64_t steps = ceil_div(a_.n, kStep), thread = omp_get_thread_num(), team = omp_get_num_threads();
                 const std::int64_t begin = steps * thread / team * kStep;
@@ -177,7 +178,7 @@ class QuadDriver {
                     for (std::int64_t m = 0; m < rows; ++m) load_codes(q, m, fresh);
                 }
                 run_channels(q, begin, end, mine);
-            }
+            });
         }
     }
 
@@ -255,17 +256,16 @@ class QuadDriver {
         constexpr std::uint32_t offset = (1u << (Bits - 1)) - kTaken<typename L::Dot>;
         if (a_.acc == nullptr) prepare_panel(a_.output, 1, n0, count, scales);
         for (std::int64_t m = 0; m < q.rows; ++m) {
-            std::int32_t* acc = all_acc + m * kPanel;
-            const std::uint32_t correction = offset * static_cast<std::uint32_t>(q.sums[m]);
-            for (std::int64_t n = 0; n < kPanel; ++n) {
-                acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) - correction);
-            }
+            const std::int32_t* acc = all_acc + m * kPanel;
+            const std::uint32_t start = 0 - offset * static_cast<std::uint32_t>(q.sums[m]);
             const std::int64_t at = (q.m0 + m) * a_.n + n0;
             if (a_.acc != nullptr) {
-                std::memcpy(a_.acc + at, acc, count * sizeof *acc);
+                for (std::int64_t n = 0; n < count; ++n) {
+                    a_.acc[at + n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) + start);
+                }
             } else {
                 auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
-                finish_panel<Isa>(acc, scales, a_.output, 1, count, y);
+                finish_panel<Isa>(acc, scales, a_.output, 1, count, y, start);
             }
         }
     }
