@@ -123,9 +123,14 @@ inline std::int64_t whole_blocks(const std::uint8_t* w, std::int64_t bytes, cons
 
 // Where the dots of a byte are many its loads reach the memory late, and what the processor fetches ahead by itself is
 // not enough. Into the second level: the first has few misses in flight.
-template <int Bits>
+// Zen 3 gains at 4 and 8 bits too, and says so (`fetches_ahead`).
+template <class Isa, int Bits>
 inline void prefetch(const std::uint8_t* p) {
-    if constexpr (Bits == 2 || Bits == 3) __builtin_prefetch(p + 8192, 0, 2);
+    if constexpr (Bits == 2 || Bits == 3) {
+        __builtin_prefetch(p + 8192, 0, 2);
+    } else if constexpr ((Bits == 4 || Bits == 8) && requires { Isa::fetches_ahead; }) {
+        __builtin_prefetch(p + Isa::fetches_ahead, 0, 2);
+    }
 }
 
 // One group of one weight row against MR activation rows. A part has a sum of its own where registers allow: short
@@ -164,7 +169,7 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
     if constexpr (Blocks > 0) {
         static_assert(Blocks <= Dot::blocks_per_flush);
         unroll<Blocks>([&](auto block) __attribute__((always_inline)) {
-            prefetch<Fetch ? Bits : 0>(w + block.value * L::weight_bytes);
+            prefetch<Isa, Fetch ? Bits : 0>(w + block.value * L::weight_bytes);
             step(Dot::load(w + block.value * L::weight_bytes), Index<0>{});
         });
         flush();
@@ -175,7 +180,7 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
             constexpr std::int64_t run = Dot::blocks_per_flush * L::weight_bytes;
             while (whole - w > run) {
                 for (const std::uint8_t* stop = w + run; w != stop; w += L::weight_bytes) {
-                    prefetch<Fetch ? Bits : 0>(w);
+                    prefetch<Isa, Fetch ? Bits : 0>(w);
                     step(Dot::load(w), Index<0>{});
                 }
                 flush();
@@ -184,13 +189,13 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
         if constexpr (kChains > 1) {
             for (; whole - w >= kChains * L::weight_bytes; w += kChains * L::weight_bytes) {
                 unroll<kChains>([&](auto chain) __attribute__((always_inline)) {
-                    prefetch<Fetch ? Bits : 0>(w + chain.value * L::weight_bytes);
+                    prefetch<Isa, Fetch ? Bits : 0>(w + chain.value * L::weight_bytes);
                     step(Dot::load(w + chain.value * L::weight_bytes), chain);
                 });
             }
         }
         for (; w != whole; w += L::weight_bytes) {
-            prefetch<Fetch ? Bits : 0>(w);
+            prefetch<Isa, Fetch ? Bits : 0>(w);
             step(Dot::load(w), Index<0>{});
         }
         flush();
