@@ -29,7 +29,6 @@ def _kernel(isa: str, bits: int, m: int) -> Kernel:
         ("matmul.hpp", "kPanelRows", plan.PANEL_ROWS),
         ("matmul.hpp", "kMaxTile", plan.MAX_TILE),
         ("matmul_quads.hpp", "kSerialBytes", plan.SERIAL_BYTES),
-        ("matmul_quads.hpp", "kQuad", plan.QUAD),
         ("matmul.hpp", "kTileBytes", plan.TILE_BYTES),
         ("requantize.hpp", "kStep", plan.STEP),
         ("convert.hpp", "kChunk", plan.PANEL),
@@ -44,7 +43,14 @@ def test_the_constants_are_those_of_the_drivers(file: str, name: str, value: int
 @pytest.mark.parametrize("isa", ["avx512vbmi", "avx512vnni", "avxvnni", "avx2", "dotprod", "portable"])
 def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> None:
     source = (CSRC / f"isa_{isa.replace('vbmi', 'vnni')}.cpp").read_text()  # VBMI is the same source with a macro
-    for name, table, other in (("quad_rows", plan.QUAD_ROWS, 2), ("most_quad_rows", plan.MOST_QUAD_ROWS, 0)):
+    tables = (
+        ("quad_channels", plan.QUAD_CHANNELS, 4),
+        ("quad_rows", plan.QUAD_ROWS, 2),
+        ("most_quad_rows", plan.MOST_QUAD_ROWS, 0),
+    )
+    if isa in plan.MOST_SPREAD_ROWS:
+        tables += (("most_spread_rows", plan.MOST_SPREAD_ROWS, 0),)
+    for name, table, other in tables:
         (found,) = re.findall(rf"static constexpr int {name} = (\d+);", source)
         assert int(found) == table.get(isa, other)
 
@@ -82,7 +88,29 @@ def test_plans(k: int, n: int, m: int, bits: int, threads: int, blocking: str, s
     ],
 )
 def test_plans_without_tall_tiles(m: int, bits: int, blocking: str) -> None:
-    assert plan.plan_linear(_kernel("avx2", bits, m), 1536, 6144, m, bits, 2).blocking.startswith(blocking)
+    assert plan.plan_linear(_kernel("portable", bits, m), 1536, 6144, m, bits, 2).blocking.startswith(blocking)
+
+
+@pytest.mark.parametrize(
+    ("m", "blocking"),
+    [(2, "2 channels x 2 rows"), (5, "2 channels x 3 rows"), (24, "2 channels x 4 rows"), (25, "panels")],
+)
+def test_plans_of_two_channels(m: int, blocking: str) -> None:
+    assert plan.plan_linear(_kernel("avx2", 4, m), 1536, 6144, m, 4, 2).blocking.startswith(blocking)
+
+
+@pytest.mark.parametrize(
+    ("isa", "m", "blocking"),
+    [
+        ("avx2", 1, "64 channels x 1 row a tile, codes spread in registers"),
+        ("avx2", 8, "2 channels x 4 rows a tile, codes spread in registers"),
+        ("avx2", 9, "panels of 64 channels"),
+        ("avx512vbmi", 64, "4 channels x 6 rows a tile, codes spread in registers"),
+        ("portable", 2, "64 channels x 2 rows a tile, codes spread to bytes on the way"),
+    ],
+)
+def test_plans_of_other_widths(isa: str, m: int, blocking: str) -> None:
+    assert plan.plan_linear(_kernel(isa, 3, m), 1536, 6144, m, 3, 2).blocking.startswith(blocking)
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,14 @@ class AttentionDriver {
         }
         const std::int64_t each = tile_ * (dim_ + tokens_) * 4 + tokens_ * 8 + dim_ * 4 + 8 * Carver::alignment + 256;
         const Scratch scratch(each, threads_);
-#pragma omp parallel for schedule(dynamic) num_threads(threads_) if (threads_ > 1)
-        for (std::int64_t task = 0; task < heads * tiles_; ++task) {
-            const std::int64_t entry = task / tiles_, first = task % tiles_ * tile_;
-            run_tile(entry / a_.kv_heads, entry % a_.kv_heads, first, smaller(tile_, rows_ - first), keys, values,
-                     scratch.of_this_thread());
-        }
+        in_parallel(threads_, [&] {
+#pragma omp for schedule(dynamic) nowait
+            for (std::int64_t task = 0; task < heads * tiles_; ++task) {
+                const std::int64_t entry = task / tiles_, first = task % tiles_ * tile_;
+                run_tile(entry / a_.kv_heads, entry % a_.kv_heads, first, smaller(tile_, rows_ - first), keys, values,
+                         scratch.of_this_thread());
+            }
+        });
     }
 
   private:

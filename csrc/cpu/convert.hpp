@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "scratch.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -156,12 +157,14 @@ void quantize(const Quantize& args) {
     const std::int64_t tasks = ceil_div(args.count, kQuantizeTask);
     const int threads = static_cast<int>(smaller(args.threads, larger(tasks / 2, 1)));
     const auto* x = static_cast<const std::uint8_t*>(args.x);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (std::int64_t task = 0; task < tasks; ++task) {
-        const std::int64_t start = task * kQuantizeTask;
-        quantize_span<Isa>(x + start * element_bytes(args.dtype), args.dtype,
-                           smaller(kQuantizeTask, args.count - start), inverse, args.q + start);
-    }
+    in_parallel(threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t task = 0; task < tasks; ++task) {
+            const std::int64_t start = task * kQuantizeTask;
+            quantize_span<Isa>(x + start * element_bytes(args.dtype), args.dtype,
+                               smaller(kQuantizeTask, args.count - start), inverse, args.q + start);
+        }
+    });
 }
 
 }  // namespace

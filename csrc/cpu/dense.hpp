@@ -37,10 +37,12 @@ class DenseDriver {
             for (std::int64_t m = 0; m < rows; ++m) {
                 widen_span<Isa>(at(a_.x, (m0 + m) * a_.k, a_.dtype), a_.dtype, a_.k, x + m * width_);
             }
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1)
-            for (std::int64_t panel = 0; panel < panels; ++panel) {
-                run_panel(panel * kDensePanel, x, m0, rows, scratch.of_this_thread().template take<float>(rows * kDensePanel));
-            }
+            in_parallel(threads, [&] {
+#pragma omp for schedule(dynamic, 4) nowait
+                for (std::int64_t panel = 0; panel < panels; ++panel) {
+                    run_panel(panel * kDensePanel, x, m0, rows, scratch.of_this_thread().template take<float>(rows * kDensePanel));
+                }
+            });
         }
     }
 

@@ -13,7 +13,8 @@
 //       activations   q0 q2 ... q62 | q1 q3 ... q63             one block, 64 bytes
 //
 // An instruction set that can spread codes in registers (`spreads_in_registers`) takes the other widths too: a block is
-// then as many codes as a vector has bytes, in their own order, and has one part.
+// then as many codes as a vector has lanes, in their own order, and has one part. Its load may reach further than the
+// block (`reach`).
 //
 // Lanes are as wide as the instruction set's exact multiply-add wants: see `Dot` in each isa_*.cpp, which also says
 // how many products a narrow sum can take before it is flushed to int32.
@@ -55,6 +56,13 @@ struct Layout {
     static constexpr int block_codes = lanes * parts;
     static constexpr int block_bytes = vector_bytes * parts;  // of the activations
     static constexpr int weight_bytes = block_codes * Bits / 8;
+    static constexpr int reach = [] {  // bytes that a load touches
+        if constexpr (requires { Dot::reach; }) {
+            return Dot::reach;
+        } else {
+            return weight_bytes;
+        }
+    }();
     static_assert(weight_bytes == vector_bytes || (parts == 1 && Isa::spreads_in_registers));
     static_assert(Dot::blocks_per_flush >= 1);
 };
@@ -103,11 +111,26 @@ struct Codes {
     std::int64_t stride, group_stride, groups;
 };
 
+// The blocks of `bytes` from w on that are whole and loaded within `end`, in bytes.
+template <class L>
+inline std::int64_t whole_blocks(const std::uint8_t* w, std::int64_t bytes, const std::uint8_t* end) {
+    std::int64_t whole = bytes / L::weight_bytes * L::weight_bytes;
+    if constexpr (L::reach > L::weight_bytes) {
+        while (whole > 0 && end - w < whole - L::weight_bytes + L::reach) whole -= L::weight_bytes;
+    }
+    return whole;
+}
+
 // Where the dots of a byte are many its loads reach the memory late, and what the processor fetches ahead by itself is
 // not enough. Into the second level: the first has few misses in flight.
-template <int Bits>
+// Zen 3 gains at 4 and 8 bits too, and says so (`fetches_ahead`).
+template <class Isa, int Bits>
 inline void prefetch(const std::uint8_t* p) {
-    if constexpr (Bits == 2 || Bits == 3) __builtin_prefetch(p + 8192, 0, 2);
+    if constexpr (Bits == 2 || Bits == 3) {
+        __builtin_prefetch(p + 8192, 0, 2);
+    } else if constexpr ((Bits == 4 || Bits == 8) && requires { Isa::fetches_ahead; }) {
+        __builtin_prefetch(p + Isa::fetches_ahead, 0, 2);
+    }
 }
 
 // One group of one weight row against MR activation rows. A part has a sum of its own where registers allow: short
@@ -146,17 +169,18 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
     if constexpr (Blocks > 0) {
         static_assert(Blocks <= Dot::blocks_per_flush);
         unroll<Blocks>([&](auto block) __attribute__((always_inline)) {
-            prefetch<Fetch ? Bits : 0>(w + block.value * L::weight_bytes);
+            prefetch<Isa, Fetch ? Bits : 0>(w + block.value * L::weight_bytes);
             step(Dot::load(w + block.value * L::weight_bytes), Index<0>{});
         });
         flush();
     } else {
-        const std::uint8_t* whole = w + rows.bytes / L::weight_bytes * L::weight_bytes;
+        const std::uint8_t* last = w + rows.bytes;
+        const std::uint8_t* whole = w + whole_blocks<L>(w, rows.bytes, rows.end);
         if constexpr (Dot::blocks_per_flush < kNeverFlush) {
             constexpr std::int64_t run = Dot::blocks_per_flush * L::weight_bytes;
             while (whole - w > run) {
                 for (const std::uint8_t* stop = w + run; w != stop; w += L::weight_bytes) {
-                    prefetch<Fetch ? Bits : 0>(w);
+                    prefetch<Isa, Fetch ? Bits : 0>(w);
                     step(Dot::load(w), Index<0>{});
                 }
                 flush();
@@ -165,18 +189,19 @@ template <class Isa, int Bits, int MR, int Blocks, bool Fetch = true>
         if constexpr (kChains > 1) {
             for (; whole - w >= kChains * L::weight_bytes; w += kChains * L::weight_bytes) {
                 unroll<kChains>([&](auto chain) __attribute__((always_inline)) {
-                    prefetch<Fetch ? Bits : 0>(w + chain.value * L::weight_bytes);
+                    prefetch<Isa, Fetch ? Bits : 0>(w + chain.value * L::weight_bytes);
                     step(Dot::load(w + chain.value * L::weight_bytes), chain);
                 });
             }
         }
         for (; w != whole; w += L::weight_bytes) {
-            prefetch<Fetch ? Bits : 0>(w);
+            prefetch<Isa, Fetch ? Bits : 0>(w);
             step(Dot::load(w), Index<0>{});
         }
         flush();
-        if (const std::int64_t rest = rows.bytes % L::weight_bytes; rest != 0) {
-            step(rows.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest)), Index<0>{});
+        for (; w < last; w += L::weight_bytes) {
+            const auto rest = static_cast<int>(smaller(last - w, L::weight_bytes));
+            step(rows.end - w >= L::reach ? Dot::load(w) : Dot::load_some(w, rest), Index<0>{});
             flush();
         }
     }

@@ -8,6 +8,7 @@
 #include "convert.hpp"
 #include "dequantize.hpp"
 #include "kernels.hpp"
+#include "scratch.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -21,21 +22,23 @@ void embedding(const Embedding& args) {
     const std::int64_t bytes = element_bytes(args.dtype);
     const auto wanted = smaller(args.threads, args.count * args.dim / kSerialElements);
     const int threads = static_cast<int>(larger(wanted, 1));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (std::int64_t i = 0; i < args.count; ++i) {
-        const std::int64_t id = args.wide_ids ? static_cast<const std::int64_t*>(args.ids)[i]
-                                              : static_cast<const std::int32_t*>(args.ids)[i];
-        const CodedRow row{args.w + id * args.row_stride, row_bytes, args.bits,
-                           args.weight_scale + id * args.scale_stride, size};
-        auto* y = static_cast<std::uint8_t*>(args.y) + i * args.dim * bytes;
-        alignas(64) float values[kChunk];
-        for (std::int64_t k = 0; k < args.dim; k += kChunk) {
-            const std::int64_t count = smaller(kChunk, args.dim - k);
-            dequantize_chunk<Isa>(row, k, count, args.dtype, values);
-            for (int j = 0; j < kChunk; ++j) values[j] = values[j] * args.embed_scale;
-            narrow<Isa>(values, args.dtype, y + k * bytes, count);
+    in_parallel(threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t i = 0; i < args.count; ++i) {
+            const std::int64_t id = args.wide_ids ? static_cast<const std::int64_t*>(args.ids)[i]
+                                                  : static_cast<const std::int32_t*>(args.ids)[i];
+            const CodedRow row{args.w + id * args.row_stride, row_bytes, args.bits,
+                               args.weight_scale + id * args.scale_stride, size};
+            auto* y = static_cast<std::uint8_t*>(args.y) + i * args.dim * bytes;
+            alignas(64) float values[kChunk];
+            for (std::int64_t k = 0; k < args.dim; k += kChunk) {
+                const std::int64_t count = smaller(kChunk, args.dim - k);
+                dequantize_chunk<Isa>(row, k, count, args.dtype, values);
+                for (int j = 0; j < kChunk; ++j) values[j] = values[j] * args.embed_scale;
+                narrow<Isa>(values, args.dtype, y + k * bytes, count);
+            }
         }
-    }
+    });
 }
 
 }  // namespace

@@ -122,12 +122,11 @@ void norm_rows(const NormRows& a) {
     const int threads = threads_for(a.threads, a.rows, a.rows * a.width);
     const std::int64_t whole = padded(a.width);
     const Scratch scratch(2 * whole * 4 + 2 * Carver::alignment, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    in_parallel(threads, [&] {
         Carver mine = scratch.of_this_thread();
         auto* x = mine.take<float>(whole);
         auto* residual = mine.take<float>(whole);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (std::int64_t m = 0; m < a.rows; ++m) {
             widen_span<Isa>(at(a.x, m * a.x_stride, a.dtype), a.dtype, a.width, x);
             normalize<Isa>(x, a.width, a.norm, a.dtype);
@@ -142,7 +141,7 @@ void norm_rows(const NormRows& a) {
             }
             narrow_span<Isa>(x, a.dtype, a.width, at(a.y, m * a.width, a.dtype));
         }
-    }
+    });
 }
 
 // One head, padded, in place; `spare` is as long.
@@ -163,14 +162,13 @@ void head_rows(const HeadRows& a) {
     const int threads = threads_for(a.threads, a.rows, a.rows * a.heads * a.dim);
     const std::int64_t whole = padded(a.dim);
     const Scratch scratch(4 * (whole * 4 + Carver::alignment), threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    in_parallel(threads, [&] {
         Carver mine = scratch.of_this_thread();
         auto* x = mine.take<float>(whole);
         auto* spare = mine.take<float>(whole);
         auto* cosine = mine.take<float>(whole);
         auto* sine = mine.take<float>(whole);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (std::int64_t m = 0; m < a.rows; ++m) {
             if (a.cosine != nullptr) {
                 const std::int64_t angle = m % a.angles * a.dim;
@@ -184,7 +182,7 @@ void head_rows(const HeadRows& a) {
                 narrow_span<Isa>(x, a.dtype, a.dim, at(a.y, (m * a.heads + h) * a.dim, a.dtype));
             }
         }
-    }
+    });
 }
 
 // One chunk of activated gates, rounded to T.
@@ -206,31 +204,35 @@ template <class Isa>
 void gate_rows(const GateRows& a) {
     const std::int64_t chunks = ceil_div(a.width, kChunk);
     const int threads = threads_for(a.threads, a.rows * chunks, a.rows * a.width * 4);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (std::int64_t task = 0; task < a.rows * chunks; ++task) {
-        const std::int64_t m = task / chunks, start = task % chunks * kChunk, count = smaller(kChunk, a.width - start);
-        alignas(64) float g[kChunk], u[kChunk];
-        widen_span<Isa>(at(a.gate, m * a.gate_stride + start, a.dtype), a.dtype, count, g);
-        widen_span<Isa>(at(a.up, m * a.up_stride + start, a.dtype), a.dtype, count, u);
-        activate<Isa>(g, a.activation, a.dtype);
-        for (int i = 0; i < kChunk; ++i) g[i] = g[i] * u[i];
-        narrow<Isa>(g, a.dtype, at(a.y, m * a.width + start, a.dtype), count);
-    }
+    in_parallel(threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t task = 0; task < a.rows * chunks; ++task) {
+            const std::int64_t m = task / chunks, start = task % chunks * kChunk, count = smaller(kChunk, a.width - start);
+            alignas(64) float g[kChunk], u[kChunk];
+            widen_span<Isa>(at(a.gate, m * a.gate_stride + start, a.dtype), a.dtype, count, g);
+            widen_span<Isa>(at(a.up, m * a.up_stride + start, a.dtype), a.dtype, count, u);
+            activate<Isa>(g, a.activation, a.dtype);
+            for (int i = 0; i < kChunk; ++i) g[i] = g[i] * u[i];
+            narrow<Isa>(g, a.dtype, at(a.y, m * a.width + start, a.dtype), count);
+        }
+    });
 }
 
 template <class Isa>
 void add_rows(const AddRows& a) {
     const std::int64_t chunks = ceil_div(a.count, kChunk);
     const int threads = threads_for(a.threads, chunks, a.count / 4);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const std::int64_t start = chunk * kChunk, count = smaller(kChunk, a.count - start);
-        alignas(64) float left[kChunk], right[kChunk];
-        widen_span<Isa>(at(a.a, start, a.dtype), a.dtype, count, left);
-        widen_span<Isa>(at(a.b, start, a.dtype), a.dtype, count, right);
-        for (int i = 0; i < kChunk; ++i) left[i] = left[i] + right[i];
-        narrow<Isa>(left, a.dtype, at(a.y, start, a.dtype), count);
-    }
+    in_parallel(threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const std::int64_t start = chunk * kChunk, count = smaller(kChunk, a.count - start);
+            alignas(64) float left[kChunk], right[kChunk];
+            widen_span<Isa>(at(a.a, start, a.dtype), a.dtype, count, left);
+            widen_span<Isa>(at(a.b, start, a.dtype), a.dtype, count, right);
+            for (int i = 0; i < kChunk; ++i) left[i] = left[i] + right[i];
+            narrow<Isa>(left, a.dtype, at(a.y, start, a.dtype), count);
+        }
+    });
 }
 
 template <class Isa>

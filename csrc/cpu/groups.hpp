@@ -23,6 +23,7 @@
 #include "convert.hpp"
 #include "dot.hpp"
 #include "kernels.hpp"
+#include "scratch.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -51,11 +52,13 @@ inline void group_scales_of_quad(const Output& o, std::int64_t n, std::int64_t g
 
 inline void make_group_scales(const GroupScales& args) {
     const std::int64_t quads = ceil_div(args.n, kGroupRows);
-#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
-    for (std::int64_t quad = 0; quad < quads; ++quad) {
-        float* r = args.r + quad * args.groups * kGroupRows;
-        group_scales_of_quad(args.output, args.n, args.groups, quad * kGroupRows, r);
-    }
+    in_parallel(args.threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t quad = 0; quad < quads; ++quad) {
+            float* r = args.r + quad * args.groups * kGroupRows;
+            group_scales_of_quad(args.output, args.n, args.groups, quad * kGroupRows, r);
+        }
+    });
 }
 
 // The groups of a row as the kernel of an instruction set takes them.

@@ -29,11 +29,14 @@ namespace {
 
 struct Avx2 {
     static constexpr int vector_bytes = 32;
-    static constexpr bool spreads_in_registers = false;
+    static constexpr bool spreads_in_registers = true;
     static constexpr int sums = 4;
-    static constexpr int quad_rows = 2;
-    static constexpr int most_quad_rows = 0;
+    static constexpr int quad_channels = 2;
+    static constexpr int quad_rows = 4;
+    static constexpr int most_quad_rows = 24;
+    static constexpr int most_spread_rows = 8;
     static constexpr int prefetch_bytes = 2048;
+    static constexpr int fetches_ahead = 2048;  // bytes, of a row of 4 or 8 bits
     static constexpr int table_rows = 2;
 
     using Vector = __m256i;
@@ -88,6 +91,10 @@ struct Avx2 {
         }
     }
 
+    // The sum stays in its register. Of the intrinsic GCC makes a sum in the product's register and, in every step, a copy.
+    static void add_16(__m256i& sum, __m256i product) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product)); }
+    static void add_32(__m256i& sum, __m256i product) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product)); }
+
     static constexpr int unpack_codes = 32;
 
     template <int Bits>
@@ -134,20 +141,65 @@ struct Avx2 {
         }
 
         static void add(Sum& s, Vector u, Vector q) {
-            s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(u, q));
+            add_16(s.narrow, _mm256_maddubs_epi16(u, q));
         }
     };
 
-    // What the two tiles of a panel share: vectors of 8 channels, 2 of them, and 3 rows of activations.
+    // Other widths: 16 codes, two bytes for each bit of their width, to int16 lanes, which `madd` takes as they are. See
+    // x86_unpack.hpp for the steps; one load of 16 bytes shows both halves of a vector what they need.
+    template <int Bits>
+    struct SpreadDot {
+        using Lane = std::int16_t;
+        static constexpr int parts = 1;
+        static constexpr int reach = 16;
+        static constexpr int blocks_per_flush = kNeverFlush;
+
+        struct Sum {
+            __m256i wide;
+        };
+
+        static Vector spread(__m128i packed) {
+            const auto& tables = kSpread<Bits>;
+            const __m256i both = _mm256_broadcastsi128_si256(packed);
+            const __m256i windows = _mm256_shuffle_epi8(both, Avx2::load(tables.both));
+            return _mm256_srli_epi16(_mm256_mullo_epi16(windows, Avx2::load(tables.factors)), 16 - Bits);
+        }
+
+        static Vector load(const std::uint8_t* w) { return spread(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
+        static Vector load_some(const std::uint8_t* w, int bytes) {
+            alignas(16) std::uint8_t copy[16] = {};
+            std::memcpy(copy, w, static_cast<std::size_t>(bytes));
+            return load(copy);
+        }
+        static void clear(Sum& s) { s.wide = _mm256_setzero_si256(); }
+        static void flush(Sum&) {}
+
+        template <int P>
+        static Vector part(Vector w) {
+            return w;
+        }
+        template <int P>
+        static Vector part_in_place(Vector w) {
+            return w;
+        }
+        template <int P>
+        static void settle(Sum& total, Sum part) {
+            total.wide = _mm256_add_epi32(total.wide, part.wide);
+        }
+
+        static void add(Sum& s, Vector u, Vector q) { add_32(s.wide, _mm256_madd_epi16(u, q)); }
+    };
+
+    // What the two tiles of a panel share: vectors of 8 channels, 2 of them.
     struct Channels {
         using Words = __m256i;
-        static constexpr int lanes = 8, vectors = 2, rows = 3;
+        static constexpr int lanes = 8, vectors = 2;
 
         static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
 
         static Words load_words(const std::uint8_t* p) { return load(p); }
         static Words load_words(const std::uint8_t* p, int bytes) { return load_some(p, bytes); }
-        static void store_words(std::uint8_t* p, Words w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
+        static void store_step(std::uint8_t* p, Words w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
 
         template <int Bits, int P>
         static Words part(Words w) {
@@ -187,7 +239,9 @@ struct Avx2 {
     struct Tile : Channels {
         using Element = std::int8_t;
         using Weights = __m256i;
+        static constexpr int rows = 5;
         static constexpr std::int64_t q_step = 4;
+        static constexpr std::int64_t step_bytes = lanes * 4;
 
         struct Sum {
             __m256i narrow, wide;
@@ -212,15 +266,17 @@ struct Avx2 {
         }
         static void hold(Sum&) {}
         static void add(Sum& s, Weights w, __m256i q) {
-            s.narrow = _mm256_add_epi16(s.narrow, _mm256_maddubs_epi16(w, q));
+            add_16(s.narrow, _mm256_maddubs_epi16(w, q));
         }
     };
 
-    // 8 bits: the even and the odd codes of a step as int16, and the activations too.
+    // 8 bits: the even and the odd codes of a step as int16, apart in the panel already, and the activations too.
     struct Tile8 : Channels {
         using Element = std::int16_t;
         using Sum = __m256i;
+        static constexpr int rows = 4;
         static constexpr std::int64_t q_step = 8;
+        static constexpr std::int64_t step_bytes = 2 * lanes * 4;
 
         struct Weights {
             __m256i even, odd;
@@ -231,10 +287,12 @@ struct Avx2 {
 
         static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
 
-        static Weights weights(const std::uint8_t* p) {
-            const __m256i w = load(p);
-            return {_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};
+        static void store_step(std::uint8_t* p, Words w) {
+            Channels::store_step(p, _mm256_and_si256(w, _mm256_set1_epi16(255)));
+            Channels::store_step(p + 32, _mm256_srli_epi16(w, 8));
         }
+
+        static Weights weights(const std::uint8_t* p) { return {load(p), load(p + 32)}; }
         static Activations activations(const std::uint8_t* p) { return {broadcast(p), broadcast(p + 4)}; }
 
         static void clear(Sum& s) { s = _mm256_setzero_si256(); }
@@ -245,8 +303,8 @@ struct Avx2 {
         static void flush(Sum&) {}
         static void hold(Sum&) {}
         static void add(Sum& s, const Weights& w, const Activations& q) {
-            s = _mm256_add_epi32(s, _mm256_madd_epi16(w.even, q.even));
-            s = _mm256_add_epi32(s, _mm256_madd_epi16(w.odd, q.odd));
+            add_32(s, _mm256_madd_epi16(w.even, q.even));
+            add_32(s, _mm256_madd_epi16(w.odd, q.odd));
         }
     };
 
@@ -330,6 +388,15 @@ struct Avx2 {
 };
 
 template <>
+struct Avx2::Dot<3> : Avx2::SpreadDot<3> {};
+template <>
+struct Avx2::Dot<5> : Avx2::SpreadDot<5> {};
+template <>
+struct Avx2::Dot<6> : Avx2::SpreadDot<6> {};
+template <>
+struct Avx2::Dot<7> : Avx2::SpreadDot<7> {};
+
+template <>
 struct Avx2::Dot<8> {
     using Lane = std::int16_t;
     static constexpr int parts = 2;
@@ -359,7 +426,7 @@ struct Avx2::Dot<8> {
         total.wide = _mm256_add_epi32(total.wide, part.wide);
     }
 
-    static void add(Sum& s, Vector u, Vector q) { s.wide = _mm256_add_epi32(s.wide, _mm256_madd_epi16(u, q)); }
+    static void add(Sum& s, Vector u, Vector q) { add_32(s.wide, _mm256_madd_epi16(u, q)); }
 };
 
 inline __m256i shifted_word(const std::uint8_t* codes, __m256i shifts) {

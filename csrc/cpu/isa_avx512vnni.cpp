@@ -57,8 +57,10 @@ struct Avx512Vnni {
     static constexpr int vector_bytes = 64;
     static constexpr bool spreads_in_registers = kVbmi;
     static constexpr int sums = 12;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 6;
     static constexpr int most_quad_rows = 64;
+    static constexpr int most_spread_rows = 64;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int table_rows = 4;
 
@@ -186,13 +188,14 @@ struct Avx512Vnni {
         using Sum = __m512i;
         static constexpr int lanes = 16, vectors = 4, rows = 6;
         static constexpr std::int64_t q_step = 4;
+        static constexpr std::int64_t step_bytes = lanes * 4;
 
         static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
         static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
 
         static Words load_words(const std::uint8_t* p) { return load(p); }
         static Words load_words(const std::uint8_t* p, int bytes) { return load_some(p, bytes); }
-        static void store_words(std::uint8_t* p, Words w) { _mm512_store_si512(p, w); }
+        static void store_step(std::uint8_t* p, Words w) { _mm512_store_si512(p, w); }
 
         template <int Bits, int P>
         static Words part(Words w) {

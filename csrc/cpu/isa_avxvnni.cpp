@@ -20,7 +20,9 @@ inline __m256i dot_bytes(__m256i sum, __m256i u, __m256i q) { return _mm256_dpbu
 #endif
 
 struct AvxVnni : Avx2 {
+    static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 8;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 2;
     static constexpr int most_quad_rows = 0;
 
@@ -68,6 +70,7 @@ struct AvxVnni : Avx2 {
         using Sum = __m256i;
         static constexpr int rows = 6;
         static constexpr std::int64_t q_step = 4;
+        static constexpr std::int64_t step_bytes = lanes * 4;
 
         static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
 

@@ -59,6 +59,7 @@ struct Dotprod {
     static constexpr int vector_bytes = 16;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 12;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 6;
     static constexpr int most_quad_rows = 0;
     static constexpr int prefetch_bytes = 1024;
@@ -145,13 +146,14 @@ struct Dotprod {
         using Sum = int32x4_t;
         static constexpr int lanes = 4, vectors = 4, rows = 6;
         static constexpr std::int64_t q_step = 4;
+        static constexpr std::int64_t step_bytes = lanes * 4;
 
         static constexpr std::int64_t flush_steps(int) { return kNeverFlush; }
         static constexpr std::int32_t offset(int bits) { return 1 << (bits - 1); }
 
         static Words load_words(const std::uint8_t* p) { return vreinterpretq_u32_u8(load(p)); }
         static Words load_words(const std::uint8_t* p, int bytes) { return vreinterpretq_u32_u8(load_some(p, bytes)); }
-        static void store_words(std::uint8_t* p, Words w) { vst1q_u8(p, vreinterpretq_u8_u32(w)); }
+        static void store_step(std::uint8_t* p, Words w) { vst1q_u8(p, vreinterpretq_u8_u32(w)); }
 
         // Codes, not signed yet: a panel of any width may be filled as bytes.
         template <int Bits, int P>

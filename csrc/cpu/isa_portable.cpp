@@ -26,6 +26,7 @@ struct Portable {
     static constexpr int vector_bytes = 16;
     static constexpr bool spreads_in_registers = false;
     static constexpr int sums = 4;
+    static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 2;
     static constexpr int most_quad_rows = 0;
     static constexpr int prefetch_bytes = 2048;
@@ -108,6 +109,7 @@ struct Portable {
         using Sum = Uint32x4;
         static constexpr int lanes = 4, vectors = 2, rows = 2;
         static constexpr std::int64_t q_step = 8;
+        static constexpr std::int64_t step_bytes = lanes * 4;
 
         struct Weights {
             Uint16x8 even, odd;
@@ -121,7 +123,7 @@ struct Portable {
 
         static Words load_words(const std::uint8_t* p) { return reinterpret_cast<Words>(load(p)); }
         static Words load_words(const std::uint8_t* p, int bytes) { return reinterpret_cast<Words>(load_some(p, bytes)); }
-        static void store_words(std::uint8_t* p, Words w) { std::memcpy(p, &w, sizeof w); }
+        static void store_step(std::uint8_t* p, Words w) { std::memcpy(p, &w, sizeof w); }
 
         template <int Bits, int P>
         static Words part(Words w) {

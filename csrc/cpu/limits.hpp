@@ -13,7 +13,7 @@ namespace {
 // The full tile of panel.hpp on one step, over and over; returns how many multiply-adds that was.
 template <class Isa, class Tile>
 std::int64_t peak_dots_of(const PeakDots& args) {
-    constexpr std::int64_t steps = 64, step_bytes = Tile::lanes * kStepCodes;
+    constexpr std::int64_t steps = 64, step_bytes = Tile::step_bytes;
     const Scratch scratch(Tile::vectors * step_bytes + Tile::rows * (Tile::q_step + Tile::vectors * Tile::lanes * 4) +
                               4 * Carver::alignment,
                           args.threads);
@@ -32,18 +32,22 @@ std::int64_t peak_dots_of(const PeakDots& args) {
             });
         };
         each([&](int m, int v) __attribute__((always_inline)) { Tile::clear(sum[m][v]); });
-        for (std::int64_t step = 0; step < args.repeats * steps; ++step) {
-            asm volatile("" : : : "memory");  // the operands are loaded anew
-            typename Tile::Weights weights[Tile::vectors];
-            unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
-                weights[v.value] = Tile::weights(panel + v.value * step_bytes);
-            });
-            each([&](int m, int v) __attribute__((always_inline)) {
-                Tile::add(sum[m][v], weights[v], Tile::activations(q + m * Tile::q_step));
-            });
-            if ((step + 1) % Tile::flush_steps(args.bits) == 0) {
-                each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]); });
+        const std::int64_t all = args.repeats * steps;
+        for (std::int64_t left = all, run = smaller(all, Tile::flush_steps(args.bits)); left > 0; left -= run) {
+            for (std::int64_t step = smaller(left, run); step > 0; --step) {
+                asm volatile("" : : : "memory");  // the operands are loaded anew
+                typename Tile::Weights weights[Tile::vectors];
+                unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                    weights[v.value] = Tile::weights(panel + v.value * step_bytes);
+                });
+                unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
+                    const auto activations = Tile::activations(q + m.value * Tile::q_step);
+                    unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                        Tile::add(sum[m.value][v.value], weights[v.value], activations);
+                    });
+                });
             }
+            each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]), Tile::hold(sum[m][v]); });
         }
         each([&](int m, int v) __attribute__((always_inline)) {
             Tile::save(sum[m][v], acc + (m * Tile::vectors + v) * Tile::lanes);

@@ -73,8 +73,7 @@ class MatmulDriver {
         if (alone) {
             for (std::int64_t m = 0; m < a_.m; ++m) load_codes(m, q, sums, scratch.of(0));
         }
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-        {
+        in_parallel(threads_, [&] {
             const Carver mine = scratch.of_this_thread();
             if (!alone) {
 #pragma omp for schedule(static)
@@ -84,7 +83,7 @@ class MatmulDriver {
             const std::int64_t panels = ceil_div(a_.n, panel_);
 #pragma omp for schedule(static) nowait
             for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, codes, mine);
-        }
+        });
     }
 
   private:
@@ -264,9 +263,11 @@ class MatmulDriver {
 
 template <class Isa>
 void matmul_unpacked(const Matmul& args) {
-    using Bytes = Layout<Isa, 8>;
     if constexpr (Isa::spreads_in_registers) {
-        if (args.group_size == 0 || Units::fit(args.group_size, Bytes::block_codes, Bytes::vector_bytes)) {
+        // units of groups are loaded whole, and no further
+        using Odd = Layout<Isa, 3>;
+        const bool fit = Odd::reach == Odd::weight_bytes && Units::fit(args.group_size, Odd::block_codes, Odd::vector_bytes);
+        if (args.group_size == 0 || fit) {
             switch (args.bits) {
                 case 3: return MatmulDriver<Isa, 3, false>(args).run();
                 case 5: return MatmulDriver<Isa, 5, false>(args).run();
@@ -282,12 +283,23 @@ template <class Isa>
 void matmul(const Matmul& args) {
     if (args.m == 0 || args.n == 0) return;
     const bool packed = args.path == Path::packed;
-    const bool panels = args.m >= (packed && args.bits < 8 ? kPanelRows : kPanelRows * 3 / 2);
-    if (packed && args.group_size == 0 && args.m > 1 && (!panels || args.m <= Isa::most_quad_rows)) {
-        switch (args.bits) {
-            case 2: return QuadDriver<Isa, 2>(args).run();
-            case 4: return QuadDriver<Isa, 4>(args).run();
-            default: return QuadDriver<Isa, 8>(args).run();
+    const bool spreads = Isa::spreads_in_registers && args.group_size == 0;
+    const bool panels = args.m >= (args.bits < 8 && (packed || spreads) ? kPanelRows : kPanelRows * 3 / 2);
+    if (args.group_size == 0 && args.m > 1) {
+        if (packed && (!panels || args.m <= Isa::most_quad_rows)) {
+            switch (args.bits) {
+                case 2: return QuadDriver<Isa, 2>(args).run();
+                case 4: return QuadDriver<Isa, 4>(args).run();
+                default: return QuadDriver<Isa, 8>(args).run();
+            }
+        }
+        if constexpr (Isa::spreads_in_registers) {
+            switch (packed || args.m > Isa::most_spread_rows ? 0 : args.bits) {
+                case 3: return QuadDriver<Isa, 3>(args).run();
+                case 5: return QuadDriver<Isa, 5>(args).run();
+                case 6: return QuadDriver<Isa, 6>(args).run();
+                case 7: return QuadDriver<Isa, 7>(args).run();
+            }
         }
     }
     if (panels) {

@@ -5,7 +5,12 @@
 //       for a panel of output channels          in parallel
 //         for a part of k                       as much of the panel as stays in the second-level cache
 //           fill the panel
-//           for a tile of activation rows       dot; after the last part of k requantize the tile
+//           for a batch of activation rows      as many as stay in the second-level cache
+//             for a slice of the channels       as many as a tile has: a part of them stays in the first-level cache
+//               for a tile of activation rows   dot; after the last slice of the last part requantize the tile
+//
+// A tile of 64 channels reads few bytes of codes for its multiply-adds: a slice is the whole panel, and a batch all rows.
+// One of 16 channels reads four times as many, too many for the second-level cache, and its parts of k are shorter.
 //
 // Tiles are even: 13 rows of 6 are 5 + 4 + 4. Groups come in ascending order, whatever the parts of k.
 #pragma once
@@ -22,6 +27,8 @@ namespace bytelane::cpu {
 namespace {
 
 constexpr std::int64_t kPanelBytes = 256 << 10;
+constexpr std::int64_t kSliceBytes = 16 << 10;  // of a part, where a panel has several slices
+constexpr std::int64_t kBatchBytes = 128 << 10;  // of activations that all slices of a part read in turn
 constexpr std::int64_t kBlockBytes = 4 << 20;  // arranged activations of one block of rows
 constexpr std::int64_t kBlockRows = 1024;
 constexpr std::int64_t kSplitRows = 96;        // rows worth filling a panel for a second time, on another thread
@@ -40,9 +47,12 @@ class PanelDriver {
         parts_ = packed_ ? 8 / a_.bits : 1;
         steps_ = ceil_div(size_, kStepCodes * parts_) * parts_;
         q_row_ = groups_ * steps_ * Tile::q_step + 64;  // rows a power of two apart would share a cache set
-        const std::int64_t fit = kPanelBytes / kStepBytes / 8 * 8;
-        part_steps_ = groups_ > 1 ? larger(fit / larger(steps_, 1), 1) * steps_ : smaller(steps_, fit);
-        k_parts_ = ceil_div(groups_ * steps_, larger(part_steps_, 1));
+        const std::int64_t fit = kPanelBytes / (kBlocks * Tile::step_bytes) / 8 * 8;
+        const std::int64_t fit_slice = kSliceBytes / (Tile::vectors * Tile::step_bytes) / 8 * 8;
+        const std::int64_t all = groups_ * steps_, whole = groups_ > 1 ? steps_ : 8;  // parts have whole groups or words
+        const std::int64_t parts = larger(1, ceil_div(all, kSlice < kPanel ? fit_slice : fit));
+        part_steps_ = ceil_div(ceil_div(all, parts), larger(whole, 1)) * whole;
+        k_parts_ = ceil_div(all, larger(part_steps_, 1));
         m_block_ = smaller(a_.m, larger(Tile::rows, smaller(kBlockBytes / q_row_, kBlockRows)));
         const std::int64_t panels = ceil_div(a_.n, kPanel);
         splits_ = larger(1, smaller(4 * a_.threads / panels, m_block_ / kSplitRows));
@@ -58,8 +68,7 @@ class PanelDriver {
         const std::int64_t panels = ceil_div(a_.n, kPanel);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-            {
+            in_parallel(threads_, [&] {
                 const Carver mine = scratch.of_this_thread();
 #pragma omp for schedule(static)
                 for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, mine);
@@ -69,7 +78,7 @@ class PanelDriver {
                     const Block block{q, sums, m0, from, rows * (split + 1) / splits_};
                     run_panel(task / splits_ * kPanel, block, mine);
                 }
-            }
+            });
         }
     }
 
@@ -81,11 +90,13 @@ class PanelDriver {
         std::int64_t m0, from, to;
     };
 
-    static std::int64_t block_bytes(std::int64_t steps) { return steps * Tile::lanes * kStepCodes + kBlockGap; }
+    static std::int64_t block_bytes(std::int64_t steps) { return steps * Tile::step_bytes + kBlockGap; }
     static constexpr std::int64_t kBlocks = kPanel / Tile::lanes;
+    static constexpr std::int64_t kSlice = Tile::lanes * Tile::vectors;  // channels
 
-    // Accumulators and totals of every row are kept from one part of k to the next, or of one tile only.
-    std::int64_t kept_rows() const { return k_parts_ > 1 ? m_block_ : Tile::rows; }
+    // Accumulators and totals of every row are kept from one part of k or slice to the next, or of one tile only.
+    bool keeps() const { return k_parts_ > 1 || kSlice < kPanel; }
+    std::int64_t kept_rows() const { return keeps() ? m_block_ : Tile::rows; }
 
     std::int64_t thread_bytes() const {
         const std::int64_t panel = kBlocks * block_bytes(part_steps_) + panel_scales_bytes(groups_) + kept_rows() * kPanel * 8;
@@ -126,18 +137,18 @@ class PanelDriver {
             const std::int64_t g = (step + done) / steps, in_group = (step + done) % steps;
             const std::int64_t now = smaller(count - done, steps - in_group);
             const std::int64_t start = in_group * kStepCodes, codes = smaller(now * kStepCodes, size - start);
-            std::uint8_t* out = panel + done * Tile::lanes * kStepCodes;
+            std::uint8_t* out = panel + done * Tile::step_bytes;
             if (packed_) {
                 PanelRows packed = rows;
                 packed.first += (g * size + start) * a_.bits / 8;
                 packed.bytes = ceil_div(codes * a_.bits, 8);
                 switch (a_.bits) {
-                    case 2: fill_panel<Isa, 2>(packed, channels, block_bytes, out); break;
-                    case 4: fill_panel<Isa, 4>(packed, channels, block_bytes, out); break;
-                    default: fill_panel<Isa, 8>(packed, channels, block_bytes, out);
+                    case 2: fill_panel<Tile, 2>(packed, channels, block_bytes, out); break;
+                    case 4: fill_panel<Tile, 4>(packed, channels, block_bytes, out); break;
+                    default: fill_panel<Tile, 8>(packed, channels, block_bytes, out);
                 }
             } else {
-                unpack_panel<Isa>(a_.bits, rows, g * size + start, codes, channels, block_bytes, out);
+                unpack_panel<Isa, Tile>(a_.bits, rows, g * size + start, codes, channels, block_bytes, out);
             }
             done += now;
         }
@@ -150,56 +161,71 @@ class PanelDriver {
         auto* acc = memory.take<std::int32_t>(kept_rows() * kPanel);
         auto* total = memory.take<float>(kept_rows() * kPanel);
         if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, channels, scales);
-        const std::int64_t tiles = ceil_div(rows, Tile::rows), all_steps = groups_ * steps_;
+        const std::int64_t all_steps = groups_ * steps_;
+        const std::int64_t batches = kSlice < kPanel ? ceil_div(rows * part_steps_ * Tile::q_step, kBatchBytes) : 1;
+        const bool bare_groups = groups_ > 1 && a_.acc != nullptr;
+        const std::int64_t slice = bare_groups ? kPanel : kSlice;
+        Ahead ahead = next_panel(n0, panel);
         for (std::int64_t step = 0; step < all_steps || step == 0; step += larger(part_steps_, 1)) {
             const std::int64_t count = smaller(part_steps_, all_steps - step);
             fill(n0, channels, step, count, panel);
-            for (std::int64_t tile = 0; tile < tiles; ++tile) {
-                const std::int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
-                const std::int64_t kept = k_parts_ > 1 ? from * kPanel : 0;
-                const Piece piece{n0, channels, step, count, block.from + from, to - from, tile};
-                if (groups_ > 1 && a_.acc == nullptr) {
-                    dot_group_tile(piece, block, panel, scales, total + kept);
-                } else {
-                    dot_tile(piece, block, panel, scales, acc + kept, total + kept);
+            for (std::int64_t some = 0; some < batches; ++some) {
+                const std::int64_t begin = rows * some / batches, end = rows * (some + 1) / batches;
+                const std::int64_t tiles = ceil_div(end - begin, Tile::rows);
+                for (std::int64_t c = 0; c < channels; c += slice) {
+                    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                        const std::int64_t from = begin + (end - begin) * tile / tiles;
+                        const std::int64_t to = begin + (end - begin) * (tile + 1) / tiles;
+                        const std::int64_t kept = keeps() ? from * kPanel : 0;
+                        const Piece piece{n0, channels, step, count, block.from + from, to - from, c, smaller(slice, channels - c)};
+                        if (groups_ > 1 && !bare_groups) {
+                            dot_group_tile(piece, block, panel, scales, ahead, total + kept);
+                        } else {
+                            dot_tile(piece, block, panel, scales, ahead, acc + kept);
+                        }
+                    }
                 }
             }
         }
     }
 
-    // Steps `step .. step + count` of a panel against `rows` rows of a block, from row `row` on.
+    // Steps `step .. step + count` of a panel against `rows` rows of a block, from row `row` on, for `some` of its channels,
+    // from channel `c` on.
     struct Piece {
-        std::int64_t n0, channels, step, count, row, rows, tile;
+        std::int64_t n0, channels, step, count, row, rows, c, some;
+
+        bool last_slice() const { return c + some == channels; }
     };
 
-    void dot_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales,
-                  std::int32_t* acc, float* total) const {
+    void dot_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales, Ahead& ahead,
+                  std::int32_t* acc) const {
         const std::int64_t block_bytes = this->block_bytes(p.count);
+        panel += p.c / Tile::lanes * block_bytes;
         for (std::int64_t done = 0; done < p.count || done == 0;) {
             const std::int64_t g = (p.step + done) / larger(steps_, 1), now = smaller(p.count - done, steps_);
-            dot_panel_rows<Tile>(p.rows, panel + done * Tile::lanes * kStepCodes, block_bytes, now,
+            dot_panel_rows<Tile>(p.rows, panel + done * Tile::step_bytes, block_bytes, now,
                                  Tile::flush_steps(a_.bits), block.q + p.row * q_row_ + (p.step + done) * Tile::q_step,
-                                 q_row_, p.channels, groups_ > 1 || p.step == 0, ahead(p, panel, p.step + done), acc);
+                                 q_row_, p.some, groups_ > 1 || p.step == 0, ahead, acc + p.c);
             done += larger(now, 1);
             const bool last = p.step + done >= groups_ * steps_;
-            if (groups_ > 1 || last) {
-                for (std::int64_t i = 0; i < p.rows; ++i) finish(p, block, i, g, last, scales, acc, total);
+            if (groups_ > 1 || (last && p.last_slice())) {
+                for (std::int64_t i = 0; i < p.rows; ++i) finish(p, block, i, g, scales, acc);
             }
         }
     }
 
     // A part of k is whole groups; the last one finishes the rows.
     void dot_group_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales,
-                        float* total) const {
-        if (p.step == 0) {
+                        Ahead& ahead, float* total) const {
+        if (p.step == 0 && p.c == 0) {
             for (std::int64_t i = 0; i < p.rows * kPanel; ++i) total[i] = kNothing;
         }
-        const std::int64_t g = p.step / steps_;
-        const PanelGroups groups{p.count / steps_, scales.scale + g * kPanel, block.sums + p.row * groups_ + g, groups_};
-        dot_panel_groups_rows<Tile>(p.rows, panel, block_bytes(p.count), steps_, Tile::flush_steps(a_.bits),
-                                    block.q + p.row * q_row_ + p.step * Tile::q_step, q_row_, p.channels, groups,
-                                    ahead(p, panel, p.step), total);
-        if (p.step + p.count < groups_ * steps_) return;
+        const std::int64_t g = p.step / steps_, block_bytes = this->block_bytes(p.count);
+        const PanelGroups groups{p.count / steps_, scales.scale + g * kPanel + p.c, block.sums + p.row * groups_ + g, groups_};
+        dot_panel_groups_rows<Tile>(p.rows, panel + p.c / Tile::lanes * block_bytes, block_bytes, steps_,
+                                    Tile::flush_steps(a_.bits), block.q + p.row * q_row_ + p.step * Tile::q_step, q_row_,
+                                    p.some, groups, ahead, total + p.c);
+        if (p.step + p.count < groups_ * steps_ || !p.last_slice()) return;
         for (std::int64_t i = 0; i < p.rows; ++i) {
             auto* y = static_cast<std::uint8_t*>(a_.output.y);
             y += ((block.m0 + p.row + i) * a_.n + p.n0) * element_bytes(a_.output.dtype);
@@ -207,31 +233,29 @@ class PanelDriver {
         }
     }
 
-    // Tile by tile, the rows of the next panel, which follow.
-    Ahead ahead(const Piece& p, const std::uint8_t* panel, std::int64_t step) const {
-        const std::int64_t line = (p.tile * groups_ * steps_ + step) * 64;
-        if (k_parts_ > 1 || line >= kPanel * row_bytes_) return {panel, 0};
-        return {a_.w + (p.n0 + kPanel) * row_bytes_ + line, 64};
+    // The rows of the next panel, which follow, are asked for while this one is dotted.
+    Ahead next_panel(std::int64_t n0, const std::uint8_t* panel) const {
+        const std::int64_t rows = smaller(kPanel, a_.n - n0 - kPanel);
+        if (rows <= 0 || kPanel * row_bytes_ > kPanelBytes) return {panel, panel};
+        const std::uint8_t* first = a_.w + (n0 + kPanel) * row_bytes_;
+        return {first, first + rows * row_bytes_};
     }
 
     // What follows when the accumulators of row i and group g are complete.
-    void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, bool last,
-                const PanelScales& scales, std::int32_t* all_acc, float* all_total) const {
-        std::int32_t* acc = all_acc + i * kPanel;
-        float* total = all_total + i * kPanel;
+    void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, const PanelScales& scales,
+                const std::int32_t* all_acc) const {
+        const std::int32_t* acc = all_acc + i * kPanel;
         const std::int64_t m = block.m0 + p.row + i, at = m * a_.n + p.n0;
         const auto start = static_cast<std::uint32_t>(block.sums[(p.row + i) * groups_ + g]);
-        for (std::int64_t n = 0; n < kPanel; ++n) {
-            acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) + start);
-        }
         if (a_.acc != nullptr) {
-            for (std::int64_t n = 0; n < p.channels; ++n) a_.acc[(at + n) * groups_ + g] = acc[n];
+            for (std::int64_t n = 0; n < p.channels; ++n) {
+                const auto whole = static_cast<std::uint32_t>(acc[n]) + start;
+                a_.acc[(at + n) * groups_ + g] = static_cast<std::int32_t>(whole);
+            }
             return;
         }
-        scale_group(acc, scales, g, kPanel, total);
-        if (!last) return;
         auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
-        finish_total<Isa>(total, scales, a_.output, groups_, p.channels, y);
+        finish_panel<Isa>(acc, scales, a_.output, 1, p.channels, y, start);
     }
 
     const Matmul& a_;

@@ -33,7 +33,7 @@
 namespace bytelane::cpu {
 namespace {
 
-constexpr std::int64_t kQuad = 4;
+constexpr std::int64_t kQuad = 4;  // weight rows side by side, at most
 constexpr std::int64_t kSerialBytes = 48 << 10;              // less weight than this is not worth waking a thread
 constexpr std::int64_t kPartActivations = 2048;          // bytes of a row's part
 constexpr std::int64_t kQuadActivations = 384 << 10;     // bytes of a block of rows
@@ -50,7 +50,7 @@ constexpr std::uint32_t kTaken = [] {
     }
 }();
 
-// Four weight rows from some code on: `bytes` of each are dotted, and nothing is read at or past `end`. `ahead` is where
+// Weight rows from some code on: `bytes` of each are dotted, and nothing is read at or past `end`. `ahead` is where
 // memory was last asked for, `share` bytes of it with every vector.
 struct Quad {
     const std::uint8_t* row[kQuad];
@@ -60,28 +60,27 @@ struct Quad {
     std::int64_t share;
 };
 
-// MR rows of arranged activations against four weight rows: acc[m * kPanel + 0 .. 3] (+)= the dots.
+// MR rows of arranged activations against Isa::quad_channels weight rows: acc[m * kPanel + 0 ..] (+)= the dots.
 template <class Isa, int Bits, int MR>
 [[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, bool first,
                                 std::int32_t* acc) {
     using L = Layout<Isa, Bits>;
     using Dot = typename L::Dot;
-    typename Dot::Sum sum[MR][kQuad];
+    constexpr int channels = Isa::quad_channels;
+    typename Dot::Sum sum[MR * channels];
     const auto each = [&](auto&& body) __attribute__((always_inline)) {
-        unroll<MR>([&](auto m) __attribute__((always_inline)) {
-            unroll<kQuad>([&](auto r) __attribute__((always_inline)) { body(sum[m.value][r.value]); });
-        });
+        unroll<MR * channels>([&](auto i) __attribute__((always_inline)) { body(sum[i.value]); });
     };
     const auto step = [&](auto&& load) __attribute__((always_inline)) {
         unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
-            typename Isa::Vector u[kQuad];
-            unroll<kQuad>([&](auto r) __attribute__((always_inline)) {
+            typename Isa::Vector u[channels];
+            unroll<channels>([&](auto r) __attribute__((always_inline)) {
                 u[r.value] = Dot::template part<part.value>(load(r));
             });
             unroll<MR>([&](auto m) __attribute__((always_inline)) {
                 const auto activations = Isa::load(q + m.value * q_stride + part.value * L::vector_bytes);
-                unroll<kQuad>([&](auto r) __attribute__((always_inline)) {
-                    Dot::add(sum[m.value][r.value], u[r.value], activations);
+                unroll<channels>([&](auto r) __attribute__((always_inline)) {
+                    Dot::add(sum[m.value * channels + r.value], u[r.value], activations);
                 });
             });
         });
@@ -89,7 +88,8 @@ template <class Isa, int Bits, int MR>
     };
     each([](auto& s) __attribute__((always_inline)) { Dot::clear(s); });
     const std::uint8_t* ahead = quad.ahead;
-    const std::int64_t whole = quad.bytes / L::weight_bytes * L::weight_bytes;
+    // the last row is the one that ends last
+    const std::int64_t whole = whole_blocks<L>(quad.row[channels - 1], quad.bytes, quad.end);
     std::int64_t at = 0;
     while (at != whole) {
         std::int64_t stop = whole;
@@ -103,21 +103,24 @@ template <class Isa, int Bits, int MR>
         }
         each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
     }
-    if (const std::int64_t rest = quad.bytes - whole; rest != 0) {
+    for (; at < quad.bytes; at += L::weight_bytes) {
+        const auto rest = static_cast<int>(smaller(quad.bytes - at, L::weight_bytes));
         step([&](auto r) __attribute__((always_inline)) {
             const std::uint8_t* w = quad.row[r.value] + at;
-            return quad.end - w >= L::weight_bytes ? Dot::load(w) : Dot::load_some(w, static_cast<int>(rest));
+            return quad.end - w >= L::reach ? Dot::load(w) : Dot::load_some(w, rest);
         });
         each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
     }
-    unroll<MR>([&](auto m) __attribute__((always_inline)) {
-        const auto& s = sum[m.value];
-        std::int32_t* out = acc + m.value * kPanel;
-        if (first) return Isa::total_4(s[0].wide, s[1].wide, s[2].wide, s[3].wide, out);
-        std::int32_t more[kQuad];
-        Isa::total_4(s[0].wide, s[1].wide, s[2].wide, s[3].wide, more);
-        for (int i = 0; i < kQuad; ++i) {
-            out[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(out[i]) + static_cast<std::uint32_t>(more[i]));
+    // four sums are folded together, whatever rows they are of
+    unroll<(MR * channels + 3) / 4>([&](auto four) __attribute__((always_inline)) {
+        constexpr int from = four.value * 4, last = MR * channels - 1;
+        const auto wide = [&](int i) __attribute__((always_inline)) { return sum[from + i < last ? from + i : last].wide; };
+        std::int32_t total[4];
+        Isa::total_4(wide(0), wide(1), wide(2), wide(3), total);
+        for (int i = 0; i < 4 && from + i <= last; ++i) {
+            std::int32_t& out = acc[(from + i) / channels * kPanel + (from + i) % channels];
+            const std::uint32_t before = first ? 0 : static_cast<std::uint32_t>(out);
+            out = static_cast<std::int32_t>(before + static_cast<std::uint32_t>(total[i]));
         }
     });
 }
@@ -144,7 +147,7 @@ class QuadDriver {
         m_block_ = smaller(a_.m, larger(Isa::quad_rows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
         const bool serial = row_bytes_ * a_.n * a_.m < kSerialBytes;
         threads_ = serial ? 1 : static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
-        ahead_ = larger(kAheadBytes, kQuad * row_bytes_);
+        ahead_ = larger(kAheadBytes, Isa::quad_channels * row_bytes_);
         own_ = threads_ == 1 || a_.n >= kOwnChannels * threads_;
     }
 
@@ -154,8 +157,7 @@ class QuadDriver {
         const Scratch scratch((own_ ? codes : 0) + thread_bytes(), threads_);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-            {
+            in_parallel(threads_, [&] {
                 // a team may be smaller than asked for
                 const std::int64_t steps = ceil_div(a_.n, kStep), thread = omp_get_thread_num(), team = omp_get_num_threads();
                 const std::int64_t begin = steps * thread / team * kStep;
@@ -176,7 +178,7 @@ class QuadDriver {
                     for (std::int64_t m = 0; m < rows; ++m) load_codes(q, m, fresh);
                 }
                 run_channels(q, begin, end, mine);
-            }
+            });
         }
     }
 
@@ -218,12 +220,12 @@ class QuadDriver {
         const std::uint8_t* ahead = a_.w + begin * row_bytes_ + ahead_;
         for (std::int64_t n0 = begin; n0 < end; n0 += kPanel) {
             const std::int64_t count = smaller(kPanel, end - n0);
-            for (std::int64_t n = 0; n < count; n += kQuad) ahead = run_quad(q, n0 + n, ahead, acc + n);
+            for (std::int64_t n = 0; n < count; n += Isa::quad_channels) ahead = run_quad(q, n0 + n, ahead, acc + n);
             finish(q, n0, count, scales, acc);
         }
     }
 
-    // Four channels; those past the last one repeat it.
+    // Those past the last channel repeat it.
     const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead,
                                  std::int32_t* acc) const {
         const std::int64_t tiles = ceil_div(q.rows, Isa::quad_rows);
@@ -232,7 +234,7 @@ class QuadDriver {
         for (std::int64_t part = 0; part < parts_; ++part) {
             const std::int64_t first = part * part_blocks_, blocks = blocks_of(part);
             if (blocks <= 0) break;
-            for (std::int64_t r = 0; r < kQuad; ++r) {
+            for (std::int64_t r = 0; r < Isa::quad_channels; ++r) {
                 quad.row[r] = a_.w + smaller(n + r, a_.n - 1) * row_bytes_ + first * L::weight_bytes;
             }
             quad.bytes = smaller(row_bytes_ - first * L::weight_bytes, blocks * L::weight_bytes);
@@ -240,7 +242,7 @@ class QuadDriver {
             for (std::int64_t tile = 0; tile < tiles; ++tile) {
                 const std::int64_t from = q.rows * tile / tiles, to = q.rows * (tile + 1) / tiles;
                 quad.ahead = ahead;
-                quad.share = (kQuad * (tile + 1) / tiles - kQuad * tile / tiles) * L::weight_bytes;
+                quad.share = (Isa::quad_channels * (tile + 1) / tiles - Isa::quad_channels * tile / tiles) * L::weight_bytes;
                 ahead += quad.share * blocks;
                 dot_quad_rows<Isa, Bits>(to - from, quad, codes + from * blocks * L::block_bytes,
                                          blocks * L::block_bytes, part == 0, acc + from * kPanel);
@@ -254,17 +256,16 @@ class QuadDriver {
         constexpr std::uint32_t offset = (1u << (Bits - 1)) - kTaken<typename L::Dot>;
         if (a_.acc == nullptr) prepare_panel(a_.output, 1, n0, count, scales);
         for (std::int64_t m = 0; m < q.rows; ++m) {
-            std::int32_t* acc = all_acc + m * kPanel;
-            const std::uint32_t correction = offset * static_cast<std::uint32_t>(q.sums[m]);
-            for (std::int64_t n = 0; n < kPanel; ++n) {
-                acc[n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) - correction);
-            }
+            const std::int32_t* acc = all_acc + m * kPanel;
+            const std::uint32_t start = 0 - offset * static_cast<std::uint32_t>(q.sums[m]);
             const std::int64_t at = (q.m0 + m) * a_.n + n0;
             if (a_.acc != nullptr) {
-                std::memcpy(a_.acc + at, acc, count * sizeof *acc);
+                for (std::int64_t n = 0; n < count; ++n) {
+                    a_.acc[at + n] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[n]) + start);
+                }
             } else {
                 auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
-                finish_panel<Isa>(acc, scales, a_.output, 1, count, y);
+                finish_panel<Isa>(acc, scales, a_.output, 1, count, y, start);
             }
         }
     }

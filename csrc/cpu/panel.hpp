@@ -13,6 +13,8 @@
 //
 //     4 bits    word u0 u1 ... u7     step 0: u0 u2 u4 u6     step 1: u1 u3 u5 u7
 //
+// A tile may keep a step as it multiplies it, wider than a byte a code (`step_bytes`).
+//
 // Other widths, and groups that are not whole words, are unpacked first and transposed as 8-bit codes. A group starts a
 // step; what lies past its last code meets activations that are zero.
 #pragma once
@@ -30,7 +32,6 @@ namespace bytelane::cpu {
 namespace {
 
 constexpr std::int64_t kStepCodes = 4;
-constexpr std::int64_t kStepBytes = kPanel * kStepCodes;  // of a panel
 constexpr std::int64_t kBlockGap = 64;  // blocks that are a power of two apart would share a cache set
 constexpr std::int64_t kUnpackedCodes = 256;              // of a row at a time, on their way into a panel
 
@@ -44,9 +45,8 @@ struct PanelRows {
 
 // `count` rows (the last one repeated up to a whole block) to `block`s of the panel, from step 0 of each on;
 // `block_bytes` from one block to the next.
-template <class Isa, int Bits>
+template <class Tile, int Bits>
 void fill_panel(const PanelRows& rows, std::int64_t count, std::int64_t block_bytes, std::uint8_t* panel) {
-    using Tile = typename Isa::Tile;
     constexpr int lanes = Tile::lanes, parts = 8 / Bits, chunk = lanes * 4;
     for (std::int64_t n = 0; n < count; n += lanes) {
         const std::uint8_t* row[lanes];
@@ -55,9 +55,9 @@ void fill_panel(const PanelRows& rows, std::int64_t count, std::int64_t block_by
         std::int64_t at = 0;
         const auto spread = [&](typename Tile::Words words) __attribute__((always_inline)) {
             unroll<parts>([&](auto part) __attribute__((always_inline)) {
-                Tile::store_words(out + part.value * chunk, Tile::template part<Bits, part.value>(words));
+                Tile::store_step(out + part.value * Tile::step_bytes, Tile::template part<Bits, part.value>(words));
             });
-            out += parts * chunk;
+            out += parts * Tile::step_bytes;
         };
         // the last row is the one that ends last
         for (; at + chunk <= rows.bytes && rows.end - row[lanes - 1] >= at + chunk; at += chunk) {
@@ -77,10 +77,9 @@ void fill_panel(const PanelRows& rows, std::int64_t count, std::int64_t block_by
 }
 
 // The same of any width: codes `start .. start + codes` of each row, unpacked on the way.
-template <class Isa>
+template <class Isa, class Tile>
 void unpack_panel(int bits, const PanelRows& rows, std::int64_t start, std::int64_t codes, std::int64_t count,
                   std::int64_t block_bytes, std::uint8_t* panel) {
-    using Tile = typename Isa::Tile;
     alignas(64) std::uint8_t unpacked[Tile::lanes * kUnpackedCodes];
     for (std::int64_t n = 0; n < count; n += Tile::lanes) {
         const std::int64_t some = smaller(Tile::lanes, count - n);
@@ -92,7 +91,7 @@ void unpack_panel(int bits, const PanelRows& rows, std::int64_t start, std::int6
                 unpack<Isa>(bits, row, rows.end - row, start + k, now, unpacked + i * kUnpackedCodes);
             }
             const PanelRows bytes{unpacked, unpacked + sizeof unpacked, kUnpackedCodes, now};
-            fill_panel<Isa, 8>(bytes, some, block_bytes, out + k * Tile::lanes);
+            fill_panel<Tile, 8>(bytes, some, block_bytes, out + k / kStepCodes * Tile::step_bytes);
         }
     }
 }
@@ -122,10 +121,13 @@ std::int32_t arrange_steps(const std::int8_t* q, std::int64_t count, std::uint8_
     return sum;
 }
 
-// What to ask memory for while a panel is dotted: a line with every step, `step` bytes apart; 0 to ask for nothing new.
+// What to ask memory for while a panel is dotted: a line with every step, as long as there are any.
 struct Ahead {
-    const std::uint8_t* first;
-    std::int64_t step;
+    const std::uint8_t* next;
+    const std::uint8_t* end;
+
+    // What a run of `steps` steps asks for: from `next` on, `step` bytes apart; 0 for the same line again.
+    std::int64_t step(std::int64_t steps) const { return end - next >= steps * 64 ? 64 : 0; }
 };
 
 // `steps` steps of a panel, from w on, against MR rows of arranged activations, from q on, into the sums.
@@ -134,11 +136,13 @@ template <class Tile, int MR>
                                              std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
                                              Ahead& ahead, typename Tile::Sum (&sum)[MR][Tile::vectors]) {
     constexpr int vectors = Tile::vectors;
-    constexpr std::int64_t step_bytes = Tile::lanes * kStepCodes;
+    constexpr std::int64_t step_bytes = Tile::step_bytes;
+    const std::int64_t ahead_step = ahead.step(steps);
+    const std::uint8_t* next = ahead.next;
     for (std::int64_t left = steps; left > 0; left -= flush_steps) {
         for (const std::uint8_t* stop = w + smaller(left, flush_steps) * step_bytes; w != stop; w += step_bytes) {
-            __builtin_prefetch(ahead.first, 0, 2);
-            ahead.first += ahead.step;
+            __builtin_prefetch(next, 0, 2);
+            next += ahead_step;
             typename Tile::Weights weights[vectors];
             unroll<vectors>([&](auto v) __attribute__((always_inline)) {
                 weights[v.value] = Tile::weights(w + v.value * block_bytes);
@@ -158,6 +162,7 @@ template <class Tile, int MR>
             });
         });
     }
+    ahead.next = next;
 }
 
 // MR rows of arranged activations against `steps` steps of a panel: acc[m * kPanel + c] (+)= the dots. `flush_steps`:
@@ -165,7 +170,7 @@ template <class Tile, int MR>
 template <class Tile, int MR>
 [[gnu::noinline]] void dot_panel(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
                                  std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
-                                 std::int64_t channels, bool first, Ahead ahead, std::int32_t* acc) {
+                                 std::int64_t channels, bool first, Ahead& ahead, std::int32_t* acc) {
     constexpr int vectors = Tile::vectors;
     for (std::int64_t c = 0; c < channels; c += vectors * Tile::lanes, panel += vectors * block_bytes) {
         typename Tile::Sum sum[MR][vectors];
@@ -230,7 +235,7 @@ template <int Count, class Vector>
 template <class Tile, int MR>
 [[gnu::noinline]] void dot_panel_groups(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
                                         std::int64_t flush_steps, const std::uint8_t* q, std::int64_t q_stride,
-                                        std::int64_t channels, const PanelGroups& groups, Ahead ahead, float* total) {
+                                        std::int64_t channels, const PanelGroups& groups, Ahead& ahead, float* total) {
     constexpr int vectors = Tile::vectors, lanes = Tile::lanes;
     const std::int64_t stride = groups.stride;
     for (std::int64_t c = 0; c < channels; c += vectors * lanes, panel += vectors * block_bytes) {
@@ -251,7 +256,7 @@ template <class Tile, int MR>
                     join_total<lanes>(Tile::lanes_of(sum[m.value][v.value]), scale + v.value * lanes, at);
                 });
             });
-            w += steps * lanes * kStepCodes, a += steps * Tile::q_step, scale += kPanel, ++start;
+            w += steps * Tile::step_bytes, a += steps * Tile::q_step, scale += kPanel, ++start;
             asm volatile("" : : : "memory");  // or GCC keeps the totals of all rows in registers that it does not have
         }
     }
@@ -259,7 +264,7 @@ template <class Tile, int MR>
 
 // The same for a number of rows known at run time, at most Tile::rows.
 template <class Tile, int MR = Tile::rows, class... Args>
-void dot_panel_rows(std::int64_t rows, const Args&... args) {
+void dot_panel_rows(std::int64_t rows, Args&&... args) {
     if constexpr (MR > 1) {
         if (rows < MR) return dot_panel_rows<Tile, MR - 1>(rows, args...);
     }
@@ -267,7 +272,7 @@ void dot_panel_rows(std::int64_t rows, const Args&... args) {
 }
 
 template <class Tile, int MR = Tile::rows, class... Args>
-void dot_panel_groups_rows(std::int64_t rows, const Args&... args) {
+void dot_panel_groups_rows(std::int64_t rows, Args&&... args) {
     if constexpr (MR > 1) {
         if (rows < MR) return dot_panel_groups_rows<Tile, MR - 1>(rows, args...);
     }

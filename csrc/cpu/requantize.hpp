@@ -107,13 +107,13 @@ constexpr float kNothing = -0.0f;
 // The loops below run to a whole number of vectors; they must not have a constant length, or GCC unrolls them completely
 // before it looks for vectors.
 
-// Group g of one row of a panel joins its total; the first one starts it.
+// Group g of one row of a panel joins its total; the first one starts it. `start` is added to its accumulators first.
 inline void scale_group(const std::int32_t* __restrict acc, const PanelScales& p, std::int64_t g, std::int64_t whole,
-                        float* __restrict total) {
+                        float* __restrict total, std::uint32_t start = 0) {
     const float* __restrict scale = p.scale + g * kPanel;
     if (g == 0) {
         for (std::int64_t n = 0; n < whole; ++n) {
-            const auto biased = static_cast<std::uint32_t>(acc[n]) + static_cast<std::uint32_t>(p.bias_codes[n]);
+            const auto biased = static_cast<std::uint32_t>(acc[n]) + start + static_cast<std::uint32_t>(p.bias_codes[n]);
             total[n] = static_cast<float>(static_cast<std::int32_t>(biased)) * scale[n];
         }
     } else {
@@ -137,13 +137,13 @@ void finish_total(float* __restrict total, const PanelScales& p, const Output& o
     narrow<Isa>(total, o.dtype, y, count);
 }
 
-// One row of a panel: acc [groups][kPanel] to `count` outputs at y.
+// One row of a panel: acc [groups][kPanel] to `count` outputs at y. `start` as in `scale_group`.
 template <class Isa>
 void finish_panel(const std::int32_t* acc, const PanelScales& p, const Output& o, std::int64_t groups,
-                  std::int64_t count, void* y) {
+                  std::int64_t count, void* y, std::uint32_t start = 0) {
     const std::int64_t whole = ceil_div(count, kStep) * kStep;
     alignas(64) float total[kPanel];
-    for (std::int64_t g = 0; g < groups; ++g) scale_group(acc + g * kPanel, p, g, whole, total);
+    for (std::int64_t g = 0; g < groups; ++g) scale_group(acc + g * kPanel, p, g, whole, total, start);
     finish_total<Isa>(total, p, o, groups, count, y);
 }
 
@@ -154,13 +154,12 @@ void requantize(const Requantize& args) {
     const int threads = static_cast<int>(larger(smaller(args.threads, smaller(panels, work / 32768)), 1));
     const std::int64_t each = panel_scales_bytes(args.groups) + args.groups * kPanel * 4 + 4 * Carver::alignment;
     const Scratch scratch(each, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    in_parallel(threads, [&] {
         Carver memory = scratch.of_this_thread();
         PanelScales scales = take_panel_scales(memory, args.groups);
         auto* acc = memory.take<std::int32_t>(args.groups * kPanel);
         std::memset(acc, 0, args.groups * kPanel * 4);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (std::int64_t panel = 0; panel < panels; ++panel) {
             const std::int64_t n0 = panel * kPanel;
             const std::int64_t count = smaller(kPanel, args.n - n0);
@@ -179,7 +178,7 @@ void requantize(const Requantize& args) {
                 finish_panel<Isa>(acc, scales, args.output, args.groups, count, y);
             }
         }
-    }
+    });
 }
 
 }  // namespace

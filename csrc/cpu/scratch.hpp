@@ -1,5 +1,5 @@
-// Scratch memory of one call: allocated before the threads start (an exception must not leave a parallel region),
-// freed when the call returns, 64-byte aligned throughout.
+// The threads of one call, and their memory: allocated before the threads start (an exception must not leave a parallel
+// region), freed when the call returns, 64-byte aligned throughout.
 #pragma once
 
 #include <omp.h>
@@ -46,6 +46,14 @@ class Scratch {
     std::int64_t each_;
     std::uint8_t* memory_;
 };
+
+// The body on every thread of a team. One thread needs none: to begin and end a team costs as much as a small layer.
+template <class Body>
+void in_parallel(int threads, const Body& body) {
+    if (threads <= 1) return body();
+#pragma omp parallel num_threads(threads)
+    body();
+}
 
 }  // namespace
 }  // namespace bytelane::cpu

@@ -93,8 +93,10 @@ class WeightDigitsDriver {
         const Codes codes{q, sums, q_row_, 0, 1};
         const int threads = weight_only_threads(a_);
         const std::int64_t panels = ceil_div(a_.n, kPanel);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1)
-        for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * kPanel, codes, units);
+        in_parallel(threads, [&] {
+#pragma omp for schedule(dynamic, 4) nowait
+            for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * kPanel, codes, units);
+        });
         for (std::int64_t m = 0; m < a_.m; ++m) {
             if (!finite[m]) redo_in_floats(m);
         }

@@ -117,12 +117,11 @@ class WeightOnlyDriver {
         const std::int64_t sums = a_.m * (kPanel + kTileRows * kLanes);
         const Scratch scratch((sums + kTileRows * kBufferCodes) * 4 + 4 * Carver::alignment, threads_);
         const std::int64_t panels = ceil_div(a_.n, kPanel);
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-        {
+        in_parallel(threads_, [&] {
             const Carver mine = scratch.of_this_thread();
 #pragma omp for schedule(dynamic, 4) nowait
             for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * kPanel, x, mine);
-        }
+        });
     }
 
   private:

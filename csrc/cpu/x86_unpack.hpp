@@ -20,6 +20,7 @@ namespace {
 template <int Bits>
 struct SpreadTables {
     alignas(32) std::int8_t bytes[32] = {};
+    alignas(32) std::int8_t both[32] = {};  // the same where both halves see the bytes of all 16 codes
     alignas(32) std::int16_t factors[16] = {};
 
     constexpr SpreadTables() {
@@ -27,6 +28,8 @@ struct SpreadTables {
             const int bit = i % 8 * Bits;
             bytes[2 * i] = static_cast<std::int8_t>(bit / 8);
             bytes[2 * i + 1] = static_cast<std::int8_t>(bit / 8 + 1);
+            both[2 * i] = static_cast<std::int8_t>(bytes[2 * i] + i / 8 * Bits);
+            both[2 * i + 1] = static_cast<std::int8_t>(bytes[2 * i + 1] + i / 8 * Bits);
             factors[i] = static_cast<std::int16_t>(1 << (16 - Bits - bit % 8));
         }
     }

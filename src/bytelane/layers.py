@@ -178,7 +178,7 @@ class QuantLinear(_PackedModule):
         if eager and (bound := self._bound) is not None:
             fits = self.numerics is Numerics.INTEGER and x.dtype is bound.dtype and x.is_cpu
             if fits and bound.holds(packed, scale, s_in, s_out, bias):
-                return bound(x)
+                return bound.run(x)
         weight, ops = self.scheme.weight, torch.ops.bytelane
         if self.numerics is Numerics.EMULATED:
             return ops.linear_emulated(x, packed, scale, s_in, s_out, bias, weight.num_bits)  # type: ignore[no-any-return]

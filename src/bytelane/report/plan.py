@@ -28,13 +28,10 @@ MAX_TILE = 4  # kMaxTile
 PANEL_ROWS = 8  # kPanelRows
 SERIAL_BYTES = 48 << 10  # kSerialBytes
 TILE_BYTES = 32 << 10  # kTileBytes
-QUAD = 4  # kQuad: weight rows side by side
-QUAD_ROWS = {
-    "avx512vbmi": 6,
-    "avx512vnni": 6,
-    "dotprod": 6,
-}  # quad_rows, of a tile; others have 2
-MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64}  # most_quad_rows: where quads are better than panels; others 0
+QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
+QUAD_ROWS = {"avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}  # quad_rows, of a tile; others have 2
+MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}  # most_quad_rows: quads beat panels; others 0
+MOST_SPREAD_ROWS = {"avx512vbmi": 64, "avx2": 8}  # most_spread_rows, of those that spread other widths in registers
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,18 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
     """
     packed = kernel.name.endswith(".packed")
     size = row_bytes(k, bits)
-    transposed = m >= (PANEL_ROWS if packed and bits < 8 else PANEL_ROWS * 3 // 2)
-    if packed and not group_size and m > 1 and (not transposed or m <= MOST_QUAD_ROWS.get(kernel.isa or "", 0)):
-        tile = -(-m // -(-m // QUAD_ROWS.get(kernel.isa or "", 2)))
+    isa = kernel.isa or ""
+    spreads = isa in MOST_SPREAD_ROWS and not packed and not group_size
+    transposed = m >= (PANEL_ROWS if bits < 8 and (packed or spreads) else PANEL_ROWS * 3 // 2)
+    in_place = "dotted as they lie" if packed else "spread in registers"
+    if packed:
+        side_by_side = not group_size and (not transposed or m <= MOST_QUAD_ROWS.get(isa, 0))
+    else:
+        side_by_side = spreads and m <= MOST_SPREAD_ROWS[isa]
+    if m > 1 and side_by_side:
+        tile = -(-m // -(-m // QUAD_ROWS.get(isa, 2)))
         threads = 1 if size * n * m < SERIAL_BYTES else min(threads, -(-n // STEP))
-        return Plan(f"{QUAD} channels x {tile} rows a tile, codes dotted as they lie", threads)
+        return Plan(f"{QUAD_CHANNELS.get(isa, 4)} channels x {tile} rows a tile, codes {in_place}", threads)
     if transposed:
         panels = -(-n // PANEL)
         return Plan(
@@ -80,7 +84,7 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
         panel //= 2
     while panel > MAX_TILE * 2 and n < panel * 4 * threads and threads > 1:
         panel //= 2
-    how = "dotted as they lie" if packed else "spread to bytes on the way"
+    how = in_place if packed or spreads else "spread to bytes on the way"
     if group_size and group_size < k:
         channels, tile = f"{panel} channels, four of them", min(m, MAX_TILE)
         how = f"{how}, {k // group_size} groups"
