@@ -148,7 +148,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ANY, CodesTile(128, 128, 128, 8, 4, 3, wave=264), bits=8, out_features=NARROW),
         Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=2),
         Row(1024, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
-        Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=4),
+        Row(ANY, CodesTile(128, 128, 64, 8, 8, 3), bits=4, least_in=4096),
+        Row(ANY, CodesTile(128, 128, 64, 8, 4, 3), bits=4),
         Row(ANY, CodesTile(128, 128, 128, 8, 8, 3)),
     ),
 }
