@@ -150,8 +150,9 @@ def figures(
     """The README's text between the markers."""
     parts = [
         f"Measured on {limits_text(linear)}.",
-        f"A star marks a tile chosen by a later sweep ({sweep['date']}, another machine with the same card) and its",
-        "time there, in shorter graphs, beside the limit of this run:",
+        "A star marks a tile chosen by a sweep (`python benchmarks/gpu_tune.py`, "
+        f"{' and '.join(sorted({r.get('date', sweep['date']) for r in sweep['results']}))}, another machine with",
+        "the same card) and its time there, in shorter graphs, beside the limit of this run:",
         "",
         alone(tuned(linear, sweep), ROWS),
         "",

@@ -41,6 +41,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def float_folder(folder: Path) -> Path:
+    """The folder, with a float model in `float` and some text in `text.txt`."""
+    tiny.float_model(tiny.config("llama", vocab_size=300)).save_pretrained(folder / "float")
+    byte_tokenizer().save_pretrained(folder / "float")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint with a tokenizer."""

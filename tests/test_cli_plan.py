@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import tiny
-from test_cli import byte_tokenizer, call, call_json
+from test_cli import call, call_json, float_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model and a text."""
-    folder = tmp_path_factory.mktemp("plans")
-    tiny.float_model(tiny.config("llama", vocab_size=300)).save_pretrained(folder / "float")
-    byte_tokenizer().save_pretrained(folder / "float")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
-    return folder
+    return float_folder(tmp_path_factory.mktemp("plans"))
 
 
 def options(folder: Path) -> list[str | Path]:

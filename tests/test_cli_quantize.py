@@ -7,19 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny
 from bytelane.models import load_model
-from test_cli import byte_tokenizer, call, call_json
+from test_cli import call, call_json, float_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model and a text."""
-    folder = tmp_path_factory.mktemp("quantize")
-    tiny.float_model(tiny.config("llama", vocab_size=300)).save_pretrained(folder / "float")
-    byte_tokenizer().save_pretrained(folder / "float")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
-    return folder
+    return float_folder(tmp_path_factory.mktemp("quantize"))
 
 
 def command(folder: Path, out: Path) -> list[str | Path]:

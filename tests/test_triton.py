@@ -7,9 +7,6 @@ own, in Triton's interpreter (the variable is read when Triton is imported), on 
 import copy
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -21,6 +18,7 @@ import oracle
 import tiny
 from bytelane import numerics
 from bytelane.packing import pack_rows
+from interpreted import DEVICE, GPU, INTERPRETED, elsewhere, kernels, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -29,23 +27,13 @@ from bytelane.decoder.parts import norm_part
 from bytelane.kernels import cpu, cuda, cuda_norm, float_ops
 from bytelane.kernels.triton_configs import TABLE, CodesTile, DecodeTile, FusedTile
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 ALL_BITS = tuple(range(2, 9))
 PATHS = {"fused": functools.partial(cuda.linear, launches=1), "codes": functools.partial(cuda.linear, launches=2)}
-kernels = pytest.mark.skipif(
-    not (GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter, in which test_in_the_interpreter runs it"
-)
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels themselves run here")
+@elsewhere
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_in_the_interpreter(__file__)
 
 
 def generator(*key):

@@ -17,10 +17,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bytelane.kernels import cuda
+from bytelane.kernels.compile_worker import NamedDevice
 from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, Tile
 from bytelane.kernels.triton_launch import Launch
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Recorder:
+class Recorder(NamedDevice):
     """As much of a Triton driver as compiling and launching ask for; `launches` are what the launcher was given."""
 
     launches: list[tuple[Any, ...]]
@@ -48,6 +48,7 @@ class Recorder:
             return next(Recorder.utils.loaded), next(Recorder.utils.loaded), 32, 0, 1024
 
     def __init__(self) -> None:
+        super().__init__(90)
         self.launches = launches = []
 
         class Launcher:
@@ -58,15 +59,6 @@ class Recorder:
                 launches.append((self.name, *arguments))
 
         self.launcher_cls = Launcher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture(scope="module")

@@ -4,34 +4,22 @@ Forward they are equal to the bit. Sums are added in another order, so a scale's
 On a machine without a GPU the file runs once more in Triton's interpreter, as `test_triton.py` does.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from interpreted import DEVICE, elsewhere, kernels, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bytelane.tune import fake, triton_fake
 from bytelane.tune.loss import _row_losses
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-kernels = pytest.mark.skipif(
-    not (GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter, in which test_in_the_interpreter runs it"
-)
 RANGES = [(-128, 127), (-8, 7), (-2, 1)]
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels themselves run here")
+@elsewhere
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_in_the_interpreter(__file__)
 
 
 def values(*shape: int, spread: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

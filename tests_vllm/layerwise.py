@@ -13,6 +13,16 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
+def logprobs_and_noise(native: nn.Module, other: nn.Module, ids: list[int]) -> tuple[Tensor, float]:
+    """Of every token after the first, `[tokens, vocabulary]`, and how far float operations alone move one.
+
+    `native` and `other` are one checkpoint under `load_model`, with bytelane's float operations and with transformers'.
+    """
+    with torch.inference_mode():
+        ours, theirs = (torch.log_softmax(m(torch.tensor([ids])).logits[0, :-1].double(), -1) for m in (native, other))
+    return ours, float((ours - theirs).abs().max())
+
+
 def by_row(model: nn.Module, name: str, x: Tensor) -> Tensor:
     """A recorded layer's outputs by `bytelane.load_model`, one row at a time: no batch but the smallest."""
     parent, _, leaf = name.rpartition(".")

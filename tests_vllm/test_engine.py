@@ -16,7 +16,7 @@ import bytelane
 import tiny
 from bytelane.checkpoint import KVScales
 from bytelane.scheme import EmbeddingScheme, LinearScheme, WeightScheme
-from layerwise import check_records
+from layerwise import check_records, logprobs_and_noise
 
 HERE = Path(__file__).resolve().parent
 
@@ -108,16 +108,6 @@ def test_bytes_reduced_are_the_models_in_the_documentation(two: dict[str, Any]) 
             assert nbytes == shape[0] * expected[i % len(expected)], (shape, nbytes)
 
 
-def noise(model: nn.Module, checkpoint: Path, prompts: list[list[int]]) -> float:
-    """How far float operations alone move a log-probability: `load_model` with its own and with transformers'."""
-    other = bytelane.load_model(checkpoint, dtype=torch.bfloat16, float_ops="torch")
-    with torch.inference_mode():
-        both = [
-            [torch.log_softmax(m(torch.tensor([ids])).logits.double(), -1) for m in (model, other)] for ids in prompts
-        ]
-    return max(float((a - b).abs().max()) for a, b in both)
-
-
 @pytest.mark.slow
 def test_compiled_graphs_say_the_same(checkpoint: Path, one: dict[str, Any], model: nn.Module) -> None:
     """torch.compile stays on: the operations are opaque to it, with shapes it knows.
@@ -127,7 +117,8 @@ def test_compiled_graphs_say_the_same(checkpoint: Path, one: dict[str, Any], mod
     """
     compiled = run_engine(checkpoint, 1, "--compiled")
     sequences = [p + t for p, t in zip(one["prompts"], one["together"], strict=True)]
-    near = 2 * noise(model, checkpoint, sequences)
+    other = bytelane.load_model(checkpoint, dtype=torch.bfloat16, float_ops="torch")
+    near = 2 * max(logprobs_and_noise(model, other, ids)[1] for ids in sequences)
     for eager, other in zip(one["prompt_logprobs"], compiled["prompt_logprobs"], strict=True):
         for a, b in zip(eager[1:], other[1:], strict=True):
             assert max(abs(a[t] - b[t]) for t in a.keys() & b.keys()) <= near

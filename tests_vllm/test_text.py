@@ -91,12 +91,9 @@ class Judge:
         options: dict[str, Any] = {"dtype": torch.float32, "kv_cache": "float"}
         return cls(*(bytelane.load_model(model, float_ops=f, **options) for f in ("native", "torch")))
 
-    @torch.inference_mode()
     def logprobs(self, answer: dict[str, Any]) -> tuple[Tensor, float]:
-        """Of every token after the first, `[tokens, vocabulary]`, and how far float operations alone move one."""
-        ids = torch.tensor([answer["prompt_ids"] + answer["ids"]])
-        ours, theirs = (torch.log_softmax(m(ids).logits[0, :-1].double(), -1) for m in (self.native, self.torch))
-        return ours, float((ours - theirs).abs().max())
+        """See `layerwise.logprobs_and_noise`."""
+        return layerwise.logprobs_and_noise(self.native, self.torch, answer["prompt_ids"] + answer["ids"])
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def prepare(model: PreTrainedModel, rows: Iterable[int] | None = None) -> None:
         model: as `load` returns it.
         rows: numbers of tokens it will be given at once; any up to a piece of a prompt by default.
     """
-    if model.device.type != "cuda" or not gpu.TRITON or not gpu.supported_isas():
+    if not gpu.runs_on(model.device):
         return
     from bytelane.kernels.compile_ahead import ROWS, compile_ahead
 

@@ -49,7 +49,7 @@ def install_norms(model: PreTrainedModel) -> int:
     Returns:
         How many norms have it.
     """
-    if model.device.type != "cuda" or not gpu.TRITON or not gpu.supported_isas():
+    if not gpu.runs_on(model.device):
         return 0
     decoder: Any = model.get_decoder()
     parts = {module: norm_part(module) for module in decoder.modules()}

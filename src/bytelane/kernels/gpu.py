@@ -13,6 +13,11 @@ TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") i
 """Whether torch is built for CUDA and Triton is installed, which such builds bring (3.6 with torch 2.11)."""
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device."""
+    return device.type == "cuda" and TRITON and bool(supported_isas())
+
+
 def supported_isas() -> tuple[str, ...]:
     """Those of `ISAS` that the current CUDA device has; none without a device."""
     if not torch.cuda.is_available():

@@ -2,9 +2,9 @@
 
 A configuration never changes a bit of an integer layer, only its time. The rows follow sweeps of
 `benchmarks/gpu_tune.py` on the device they name (benchmarks/results/gpu_tune_h100.json is one), but for 8 bits at 5 to
-256 rows and 4 bits at 1024, which are carried over from their neighbours. Other devices take the same rows with
-at most three stages, which fit their smaller shared memory. Configurations are few on purpose: each is one
-compilation of a second or two, kept in Triton's cache on disk.
+256 rows, and 4 bits from 1024 rows on but 4096 x 14336, which are carried over from their neighbours. Other devices
+take the same rows with at most three stages, which fit their smaller shared memory. Configurations are few on purpose:
+each is one compilation of a second or two, kept in Triton's cache on disk.
 """
 
 from __future__ import annotations

@@ -163,23 +163,15 @@ def settle(
         source = folded(model, recipe, used, counted("equalize", EQUALIZE_WINDOWS))
         plan = make_plan(source, recipe)  # a rotated model's tied head is no longer
     found = Settled(source, plan)
-    if plan.observed:
-        kept = None
-        settled = recipe.search or recipe.learn_scales  # by more than this text's statistics, which say what is cut
-        if resume is not None:
-            kept = ObservationFile(resume, fingerprint(source, used, recipe.model_dump_json(), plan.observed))
-        found.seen = observe(
-            source,
-            used,
-            plan.observed,
-            input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or settled],
-            output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or settled],
-            resume=kept,
-            progress=counted("observe"),
-        )
+    kept = None
+    if resume is not None and plan.observed:
+        kept = ObservationFile(resume, fingerprint(source, used, recipe.model_dump_json(), plan.observed))
+    # ranges that the loss chooses follow from more than statistics, and those then say what is cut
+    observe_ranges(
+        found, used, all_histograms=bool(recipe.search or recipe.learn_scales), resume=kept, progress=counted("observe")
+    )
     if recipe.kv_cache:
         found.kv_scales = observe_kv(source, used, progress=counted("kv cache"))
-    found.inputs, found.outputs = sides_of(plan, found.seen)
     if recipe.search:
         _search(found, used, recipe.search, staged("search"))
     if recipe.rounding == "gptq":
@@ -195,6 +187,41 @@ def settle(
     if recipe.learn_scales:
         _learn(found, model, used, recipe.learn_scales, staged("learn"))
     return found
+
+
+def observe_ranges(
+    found: Settled,
+    used: Sequence[Tensor],
+    *,
+    all_histograms: bool = False,
+    resume: ObservationFile | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Observe the source and choose its ranges, as the plan has them.
+
+    Args:
+        found: is given `seen`, `inputs` and `outputs`.
+        used: int64 `[length]` token ids each.
+        all_histograms: keep them of sides whose range needs none, too.
+        resume: keeps what is observed.
+        progress: called with the windows read.
+
+    Raises:
+        RecipeError: layers that read one tensor have different rules.
+        CalibrationError: the text gives a layer no range.
+    """
+    plan = found.plan
+    if plan.observed:
+        found.seen = observe(
+            found.source,
+            used,
+            plan.observed,
+            input_histograms=[n for n, r in plan.input_ranges.items() if r.needs_histogram or all_histograms],
+            output_histograms=[n for n, r in plan.output_ranges.items() if r.needs_histogram or all_histograms],
+            resume=resume,
+            progress=progress,
+        )
+    found.inputs, found.outputs = sides_of(plan, found.seen)
 
 
 def folded(

@@ -21,11 +21,9 @@ from bytelane.errors import CheckpointError, UnsupportedFormatError
 from bytelane.layers import QuantEmbedding, QuantLinear
 from bytelane.quantize.fold import equalize, rotate
 from bytelane.quantize.kv import observe_kv
-from bytelane.quantize.observe import observe
 from bytelane.quantize.plan import Plan, make_plan
 from bytelane.quantize.recipe import Recipe
-from bytelane.quantize.rounding import dequantized
-from bytelane.quantize.settle import Settled, settle, sides_of
+from bytelane.quantize.settle import Settled, observe_ranges, settle
 from bytelane.scheme import EmbeddingScheme, LinearScheme
 from bytelane.tune.fake import fake_quantize_int8
 from bytelane.tune.modules import TunedEmbedding, TunedLinear, log_scale
@@ -190,7 +188,8 @@ def prepare(
 
     Args:
         model: the float model, with float32 parameters. It is changed: rotated and equalized where the recipe says
-            so, and what was its `nn.Linear` is a `TunedLinear`. A teacher is therefore a copy made before.
+            so, and what was its `nn.Linear` is a `TunedLinear`. A teacher is therefore a copy made before. (A recipe
+            that is carried out first may work on a copy of its own: use the student's model, not this one.)
         recipe: what to quantize, and how, as for `bytelane quantize`.
         windows: calibration windows, int64 `[length]` each.
         kv_cache: learn static int8 scales of keys and values too.
@@ -222,10 +221,8 @@ def prepare(
     for done, module in enumerate(plan.modules, start=1):
         original: Any = model.get_submodule(module.name)
         weight = _own(original.weight, module.name in plan.untied)
-        if module.name in settled.rounded:
-            codes, scale = settled.rounded[module.name]
-            with torch.no_grad():
-                weight.copy_(dequantized(codes, scale))
+        if module.name in settled.rounded:  # and the weight is what its codes stand for
+            _, scale = settled.rounded[module.name]
         else:
             scale = start_weight_scale(weight, module.scheme.weight, module.name)
         if isinstance(module.scheme, EmbeddingScheme):
@@ -271,19 +268,11 @@ def _observed(
     found = Settled(model, plan)
     if recipe.rotate:
         rotate(model, windows[:1])
-        found.plan = plan = make_plan(model, recipe)  # a tied head is no longer
+        found.plan = make_plan(model, recipe)  # a tied head is no longer
     if recipe.equalize:
         equalize(model, windows, progress=None if progress is None else lambda n: progress("equalize", n, len(windows)))
-    if plan.observed:
-        found.seen = observe(
-            model,
-            windows,
-            plan.observed,
-            input_histograms=[n for n, rule in plan.input_ranges.items() if rule.needs_histogram],
-            output_histograms=[n for n, rule in plan.output_ranges.items() if rule.needs_histogram],
-            progress=None if progress is None else lambda done: progress("observe", done, len(windows)),
-        )
-    found.inputs, found.outputs = sides_of(plan, found.seen)
+    note = None if progress is None else lambda done: progress("observe", done, len(windows))
+    observe_ranges(found, windows, progress=note)
     return found
 
 
