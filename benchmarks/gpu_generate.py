@@ -86,9 +86,9 @@ CANDIDATES: dict[str, Callable[[Path], PreTrainedModel]] = {
 
 OURS = re.compile(
     "decode_linear|fused_linear|codes_linear|quantize_planes|weight_only_linear|digits_linear|gather_rows|norm_rows"
-    "|requantize_rows"
+    "|requantize_rows|step_heads|gate_row|join_row"
 )
-ATTENTION = re.compile("fmha|flash|attention|softmax", re.IGNORECASE)
+ATTENTION = re.compile("fmha|flash|attention|softmax|attend_", re.IGNORECASE)
 MATMUL = re.compile("gemm|gemv|cutlass|nvjet", re.IGNORECASE)
 
 
@@ -148,15 +148,15 @@ def profiled(model: PreTrainedModel, prompt: torch.Tensor) -> dict[str, Any]:
         start = time.perf_counter()
         token = int(graph.step(token).argmax())
         replays.append(time.perf_counter() - start)
-    eager.read(torch.tensor([token]))
+    eager.call(token)
     synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        eager.read(torch.tensor([token]))
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as trace:
+        eager.call(token)
         synchronize()
     seconds: dict[str, float] = defaultdict(float)
     launches: dict[str, int] = defaultdict(int)
     for event in trace.events():
-        if event.device_type is not DeviceType.CUDA:
+        if event.device_type != DeviceType.CUDA:
             continue
         kinds = {"ours": OURS, "attention": ATTENTION, "matmul": MATMUL}
         kind = next((kind for kind, names in kinds.items() if names.search(event.name)), "other")
@@ -180,7 +180,8 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> Iterator[
     if name == "bytelane" and DEVICE.type == "cuda":
         from bytelane.kernels.compile_ahead import compile_ahead
 
-        common["compile"] = asdict(compile_ahead(model))
+        batches = [int(batch) for batch in arguments.batch.split(",")]
+        common["compile"] = asdict(compile_ahead(model, rows=[n * b for b in batches for n in (1, arguments.prompt)]))
         print(f"{name}: {common['compile']}", file=sys.stderr, flush=True)
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     common["weight_bytes"] = sum(tensors.values())

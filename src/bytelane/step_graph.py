@@ -10,13 +10,16 @@ captured step is replayed without the host. transformers' own way to a graph goe
 large model; this one captures the model's forward as it is, in the time of two tokens, so the bits are the eager ones
 of a cache of the same length.
 
+Where every projection is one of bytelane's, the step is not transformers' forward but `decoder.token_step`, with a
+quarter of the launches. Prompts are read by the model's own forward, into the same cache.
+
 Everything that changes from token to token lives in tensors the step itself writes: the token, its position, the
 cache's length. Sliding-window layers therefore keep the whole length, and a mask hides what has left the window.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,9 +29,13 @@ from transformers.cache_utils import StaticLayer
 from bytelane.cache import cache_keyword
 from bytelane.decoder.parts import is_decoder
 from bytelane.errors import ModelConfigError
+from bytelane.kernels import gpu
 from bytelane.layers import QuantLinear
 from bytelane.scheme import Numerics
 from bytelane.static_cache import Int8StaticLayer, make_static_cache
+
+if TYPE_CHECKING:
+    from bytelane.decoder.token_step import TokenStep
 
 
 def unknown_step(model: PreTrainedModel) -> str | None:
@@ -93,6 +100,11 @@ class StepGraph:
         self.length = length
         self.cache = _whole_length(model, length)
         device = model.device
+        self._chain: TokenStep | None = None
+        if gpu.runs_on(device):
+            from bytelane.decoder.token_step import token_step  # it imports Triton
+
+            self._chain = token_step(model)
         self._places = torch.arange(length, device=device)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self._position = torch.zeros((1, 1), dtype=torch.int64, device=device)
@@ -151,7 +163,10 @@ class StepGraph:
         return found[0, -1]
 
     def _step(self) -> Tensor:
-        logits = self._forward(self._token, self._position)
+        if self._chain is None:
+            logits = self._forward(self._token, self._position)
+        else:
+            logits = self._chain(self._token, self._position, self.cache)
         self._position.add_(1)
         return logits
 
@@ -163,11 +178,21 @@ class StepGraph:
     def read(self, ids: Tensor) -> Tensor:
         """Read tokens `[n]` after those in the cache; logits `[vocabulary]` after the last of them."""
         self._room(ids.numel())
+        self._go_to(self.used)  # a chain of launches leaves the cache's own count as it is
         ids = ids.reshape(1, -1).to(self._model.device)
         positions = self._places[None, self.used : self.used + ids.shape[1]]
         logits = self._forward(ids, positions)
         self.used += ids.shape[1]
         self._position.fill_(self.used)
+        return logits
+
+    @torch.inference_mode()
+    def call(self, token: int) -> Tensor:
+        """`step`, called operation by operation instead of captured."""
+        self._room(1)
+        self._token.fill_(token)
+        logits = self._step()
+        self.used += 1
         return logits
 
     @torch.inference_mode()

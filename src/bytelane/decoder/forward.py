@@ -289,7 +289,10 @@ def install_decoder(
     if choice == "torch" or (choice == "auto" and numerics is not Numerics.INTEGER):
         return
     if choice == "auto" and not on_cpu:
-        install_norms(model)
+        if install_norms(model):
+            from bytelane.decoder.token_step import merge_rows  # it imports Triton, as CUDA devices alone have it
+
+            merge_rows(model)
         return
     decoder: Any = model.get_decoder()
     installed = 0

@@ -60,7 +60,7 @@ def _key(linear: QuantLinear) -> tuple[object, ...]:
     )
 
 
-def merge(linears: Sequence[QuantLinear]) -> list[Merged]:
+def merge(linears: Sequence[QuantLinear], *, move: bool = True) -> list[Merged]:
     """Group projections of one input into as few as can be, in their order.
 
     The rows of a merged group move into one block, and each layer's `packed` and `weight_scale` become views of it:
@@ -68,6 +68,8 @@ def merge(linears: Sequence[QuantLinear]) -> list[Merged]:
 
     Args:
         linears: layers that are called on the same tensor.
+        move: whether rows that do not lie in one block may be moved there; if not, such layers stay single. A graph
+            captured earlier reads them where they were.
 
     Returns:
         The groups; every layer is a part of exactly one.
@@ -77,7 +79,14 @@ def merge(linears: Sequence[QuantLinear]) -> list[Merged]:
         # without an input scale there is nothing to share, and the weight-only kernel takes one output scale
         key = (id(linear),) if linear.input_scale is None else _key(linear)
         groups.setdefault(key, []).append(linear)
-    return [_join(tuple(group)) for group in groups.values()]
+    joined = [tuple(group) for group in groups.values()]
+    if not move:
+        joined = [part for group in joined for part in ([group] if _in_one_block(group) else [(one,) for one in group])]
+    return [_join(group) for group in joined]
+
+
+def _in_one_block(parts: Sequence[QuantLinear]) -> bool:
+    return all(_adjacent([getattr(part, name) for part in parts]) for name in ("packed", "weight_scale"))
 
 
 def _join(parts: tuple[QuantLinear, ...]) -> Merged:
@@ -101,10 +110,18 @@ def _join(parts: tuple[QuantLinear, ...]) -> Merged:
 
 def _block(tensors: list[Tensor]) -> Tensor:
     """Tensors one after the other: the memory they already lie in, where they do."""
+    if not _adjacent(tensors):
+        return streamed_cat(tensors)
+    first = tensors[0]
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _adjacent(tensors: list[Tensor]) -> bool:
+    """Whether tensors lie one after the other in one block of memory."""
     first, at = tensors[0], tensors[0].data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != at or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return streamed_cat(tensors)
+            return False
         at += tensor.nbytes
-    rows = sum(tensor.shape[0] for tensor in tensors)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    return True

@@ -13,7 +13,6 @@ layer is native, and for caches that grow in place.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,48 +23,19 @@ from bytelane import _native
 from bytelane.cache import GrowingCache, grows
 from bytelane.decoder.forward import LayerForward
 from bytelane.decoder.native import NativeLayer
+from bytelane.decoder.outline import Outline
 from bytelane.decoder.parts import is_decoder
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Which cache layer a decoder layer reads, and whether it writes it."""
-
-    layer: int
-    writes: bool
-    angles: int
-    sliding: bool = False
 
 
 class DecodeStack:
     """A model's decoder layers as one, as they are now."""
 
     def __init__(self, model: PreTrainedModel, layers: list[NativeLayer], owners: list[LayerForward]) -> None:
-        self._model: Any = model
         self._layers = layers
         self._stack = _native.LayerStack()
         for layer in layers:
             self._stack.add(layer.run)
-        self._text: Any = model.get_decoder()
-        # one table of angles for all layers, or one for each kind of layer
-        by_kind = hasattr(self._text.rotary_emb, "layer_types")
-        attention: list[Any] = [own.parts.attention for own in owners]
-        kinds: list[str | None] = [module.layer_type if by_kind else None for module in attention]
-        self._angle_kinds = list(dict.fromkeys(kinds))
-        stored: dict[str | None, int] = {}
-        self._places: list[_Place] = []
-        for own, kind in zip(owners, kinds, strict=True):
-            parts, angles = own.parts, self._angle_kinds.index(kind)
-            if parts.k is None:
-                self._places.append(_Place(stored[parts.shares], False, angles))
-                continue
-            sliding = getattr(parts.attention, "sliding_window", None) is not None
-            self._places.append(_Place(parts.layer_idx, True, angles, sliding))
-            if parts.stores:
-                stored[parts.shares] = parts.layer_idx
-        config = self._model.config.get_text_config()
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._per_layer = owners[0].parts.per_layer is not None
+        self._outline = Outline(model, [own.parts for own in owners])
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> DecodeStack | None:
@@ -89,13 +59,13 @@ class DecodeStack:
         """Whether a cache has begun, and holds one sequence in layers that grow in place and keep what a query sees."""
         if not isinstance(cache, GrowingCache):
             return False
-        for place in self._places:
+        for place in self._outline.places:
             if not place.writes:
                 continue
             layer: Any = cache.layers[place.layer]
             if not grows(layer) or not layer.is_initialized or not layer.keys.is_cpu or layer.keys.shape[0] != 1:
                 return False
-            if layer.is_sliding != place.sliding or getattr(layer, "record_past", False):
+            if layer.is_sliding != (place.window > 0) or getattr(layer, "record_past", False):
                 return False
         return True
 
@@ -110,14 +80,9 @@ class DecodeStack:
         Returns:
             Logits `[vocabulary]` in the activation dtype.
         """
-        text, model = self._text, self._model
         position = torch.tensor([[cache.get_seq_length()]])
-        ids = torch.tensor([[token]])
-        x = text.embed_tokens(ids)
-        per_layer = None
-        if self._per_layer:
-            per_layer = text.project_per_layer_inputs(x, text.get_per_layer_inputs(ids, x)).contiguous()
-        angles = [self._angles(x, position, kind) for kind in self._angle_kinds]
+        x, per_layer = self._outline.embed(torch.tensor([[token]]))
+        angles = self._outline.angles(x, position)
         slots = self._slots(cache)
         addresses = array("q", [a.data_ptr() for pair in angles for a in pair])
         y = torch.empty_like(x)
@@ -132,21 +97,13 @@ class DecodeStack:
             y.data_ptr(),
             torch.get_num_threads(),
         )
-        logits: Tensor = model.get_output_embeddings()(text.norm(y))[0, 0]
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
-
-    def _angles(self, x: Tensor, position: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        rotary = self._text.rotary_emb
-        cosine, sine = rotary(x, position) if kind is None else rotary(x, position, kind)
-        return cosine.contiguous(), sine.contiguous()
+        return self._outline.logits(self._outline.norm(y))
 
     def _slots(self, cache: Any) -> array[int]:
         """The rows of `LayerStack.step`; counts the token as written in every layer."""
         rows: dict[int, tuple[int, ...]] = {}
         fields: list[int] = []
-        for place in self._places:
+        for place in self._outline.places:
             if place.writes:
                 layer = cache.layers[place.layer]
                 keys, values = layer.reserve(1)

@@ -137,6 +137,7 @@ def recorded(model: PreTrainedModel, rows: Iterable[int] = ROWS) -> list[tuple[L
             step, ids = StepGraph(model, 64), torch.zeros(32, dtype=torch.int64)
             for tokens in (5, 32, 1):
                 step.read(ids[:tokens])
+            step.call(0)
         for (*_, is_head), layer in kinds.items():
             for count in (1,) if is_head else rows:
                 layer(torch.empty((1, count, layer.in_features), dtype=model.dtype, device=model.device))
