@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = tuple(ROOT / "benchmarks" / "results" / f"tune_{card}.json" for card in ("h200", "h100"))
+RESULTS = tuple(ROOT / "benchmarks" / "results" / f"tune_{card}.json" for card in ("h200", "h100", "settled_h100"))
 GUIDE = ROOT / "docs" / "tuning.md"
 MARKS = ("<!-- figures of tuning -->", "<!-- end of figures of tuning -->")
 NAMES = {
@@ -49,6 +49,7 @@ def merged(files: Iterable[Path]) -> dict[str, Any]:
         if held["evaluated_tokens"] != found["evaluated_tokens"]:
             raise SystemExit(f"{file} scores {held['evaluated_tokens']} tokens, others {found['evaluated_tokens']}")
         about = {"device": held["device"], "windows": held["windows"], "written": held.get("written_windows", 0)}
+        about["settled"] = held.get("settle", False)
         found["variants"] |= {name: {**values, **about} for name, values in held["variants"].items()}
     return found
 
@@ -64,6 +65,7 @@ def table(measured: dict[str, Any]) -> str:
         training = (
             f"{v['device'].split()[1]}, {v['seconds']:.0f} s, {v['steps']} steps, "
             f"{v['tokens'] / 1e6:.1f} million tokens, rate {v['rate']:g}"
+            f"{', from a settled start' if v['settled'] else ''}"
         )
         rows.append([layers, table_bits, rounded(v["untuned"]), rounded(v["tuned"]), f"{v['ratio']:.2f}", training])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from bytelane.errors import CheckpointError, FileFormatError, OutputExistsError
+from bytelane.errors import CheckpointError, ConfigError, FileFormatError, OutputExistsError
 from bytelane.models import load_model, open_model
 from bytelane.quantize import (
     Hessian,
@@ -28,6 +31,7 @@ from bytelane.quantize import (
     resume,
     windows,
 )
+from bytelane.quantize.pipeline import check_words
 from bytelane.quantize.simulate import Simulation, fake_quantize
 from bytelane.scheme import Kind
 from calibration import make_model
@@ -161,6 +165,24 @@ def test_from_folder_to_folder(tmp_path, tokenizer, documents) -> None:
         quantize_checkpoint(tmp_path / "absent", tmp_path / "again", Recipe(), [text])
     with pytest.raises(FileFormatError, match="no such GGUF file"):
         quantize_checkpoint(source / "absent.gguf", tmp_path / "again", Recipe(), [text])
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_tokenizer_that_cuts_up_its_own_words_is_refused(merged: bool) -> None:
+    """As transformers 5.17 makes one of Gemma 3's GGUF files: without a merge, a whole word is never reached."""
+    letters = dict.fromkeys("onetwuhrf")
+    pairs = [("t", "w"), ("tw", "o"), ("▁", "two")] if merged else [("t", "w")]
+    words = ["▁", *letters, "tw", "two", "▁two"]
+    model = models.BPE({word: i for i, word in enumerate(words)}, pairs)
+    made = Tokenizer(model)
+    made.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    if merged:
+        check_words(tokenizer, Path("model.gguf"))
+        return
+    with pytest.raises(ConfigError, match="cuts up 'two'") as caught:
+        check_words(tokenizer, Path("model.gguf"))
+    assert "model.gguf" in str(caught.value)
 
 
 @pytest.mark.parametrize("tied", [True, False])
