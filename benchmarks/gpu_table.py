@@ -171,7 +171,7 @@ def figures(
             "Whole models with random codes, greedily: "
             f"{generate['tokens']} tokens after a prompt of {generate['prompt']}",
             "(`python benchmarks/gpu_generate.py MODEL ...`; eager is the model called token by token, graph is",
-            "`bytelane.step_graph`: a captured step, ours the chain of `decoder/token_step.py`, bfloat16's its forward;",
+            "`bytelane.step_graph`, a captured step: ours is the chain of `decoder/token_step.py`;",
             f"{generate['device']}, {generate['date']}, rounds timed: {generate['rounds']}"
             f"{'; ' + generate['note'] if 'note' in generate else ''}).",
             f"Before the first token, {compiling(generate)}:",

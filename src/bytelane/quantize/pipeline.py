@@ -265,8 +265,8 @@ def load_float_model(
 def check_words(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Refuse a tokenizer that cuts up words its vocabulary has whole.
 
-    transformers 5.17 makes such a one of Gemma 3's GGUF files ("▁t", "wo"), 5.24 does not. The model then reads pieces it
-    was not taught, at eight times the perplexity for gemma3-270m, and calibration would go on as if nothing were.
+    transformers 5.17 makes such a one of Gemma 3's GGUF files ("▁t", "wo"), 5.24 does not. The model then reads pieces
+    it was not taught, at eight times the perplexity for gemma3-270m, and calibration would go on as if nothing were.
 
     Raises:
         ConfigError: it does, for one of three common words.
@@ -277,7 +277,7 @@ def check_words(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         if whole and tokenizer(f"one {word}", add_special_tokens=False)["input_ids"][-1] not in whole:
             raise ConfigError(
                 f"the tokenizer that transformers {transformers.__version__} makes of this file cuts up {word!r}, a "
-                "word of its vocabulary; install a newer transformers, or give a folder with the model's own tokenizer.json",
+                "word of its vocabulary; install a newer transformers, or give a folder with the right tokenizer.json",
                 file=file,
                 tensor="tokenizer",
             )
