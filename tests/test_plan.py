@@ -124,7 +124,8 @@ def test_plans_of_other_widths(isa: str, m: int, blocking: str) -> None:
         ("avx512vnni", 3, "64 channels, four of them x 3 rows a tile, codes dotted as they lie, 48 groups"),
         ("avx512vnni", 8, "panels of 64 channels"),
         ("avx2", 1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
-        ("avx2", 2, "panels of 64 channels"),
+        ("avx2", 4, "64 channels, four of them x 4 rows a tile, codes dotted as they lie, 48 groups"),
+        ("avx2", 5, "panels of 64 channels"),
         ("avxvnni", 7, "32 channels, four of them x 4 rows a tile, codes dotted as they lie, 48 groups"),
     ],
 )

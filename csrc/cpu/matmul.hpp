@@ -280,7 +280,8 @@ void matmul_unpacked(const Matmul& args) {
 }
 
 // The rows from which on groups are dotted in panels, or 0 for as many as without groups. Where a quad's sums do not fit
-// the registers, transposing is the cheaper way to have a channel in each lane.
+// the registers, transposing is the cheaper way to have a channel in each lane as soon as a second tile of rows would
+// have to read the codes again; with one tile, and weights out of the caches, it is not.
 template <class Isa>
 constexpr int kGroupPanelRows = [] {
     if constexpr (requires { Isa::group_panel_rows; }) {

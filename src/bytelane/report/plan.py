@@ -31,7 +31,7 @@ TILE_BYTES = 32 << 10  # kTileBytes
 QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
 QUAD_ROWS = {"avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}  # quad_rows, of a tile; others have 2
 MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}  # most_quad_rows: quads beat panels; others 0
-GROUP_PANEL_ROWS = {"avx2": 2}  # group_panel_rows: groups go to panels from here on; others as without groups
+GROUP_PANEL_ROWS = {"avx2": 5}  # group_panel_rows: groups go to panels from here on; others as without groups
 MOST_SPREAD_ROWS = {"avx512vbmi": 64, "avx2": 8}  # most_spread_rows, of those that spread other widths in registers
 
 
