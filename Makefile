@@ -81,11 +81,13 @@ RUN_SANITIZED := import sys, pytest; \
   sys.path.insert(0, "$(SANITIZED)"); import bytelane; assert bytelane.__file__.startswith("$(CURDIR)/$(SANITIZED)"); \
   sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
+# Whether this processor runs any of the objects with VNNI; those that it does not run are left out.
+VNNI ?= $(if $(shell grep -m1 -oE 'avx512_vnni|avx_vnni' /proc/cpuinfo),ON,OFF)
 .PHONY: test-sanitize
 test-sanitize: $(READY) ## Run the kernel tests on a build that checks every access and every operation.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) . \
 	  --config-settings=build-dir=build/sanitize/make --config-settings=cmake.define.BYTELANE_SANITIZE=ON \
-	  --config-settings=cmake.build-type=RelWithDebInfo
+	  --config-settings=cmake.build-type=RelWithDebInfo --config-settings=cmake.define.BYTELANE_VNNI=$(VNNI)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c '$(RUN_SANITIZED)' tests/test_kernels.py tests/test_kernels_float.py
 

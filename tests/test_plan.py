@@ -50,6 +50,10 @@ def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> Non
     )
     if isa in plan.MOST_SPREAD_ROWS:
         tables += (("most_spread_rows", plan.MOST_SPREAD_ROWS, 0),)
+    if isa in ("avx2", "avxvnni"):  # the second is the first's source, so it has to say that it does otherwise
+        tables += (("group_panel_rows", plan.GROUP_PANEL_ROWS, 0),)
+    else:
+        assert "group_panel_rows" not in source
     for name, table, other in tables:
         (found,) = re.findall(rf"static constexpr int {name} = (\d+);", source)
         assert int(found) == table.get(isa, other)
@@ -114,15 +118,19 @@ def test_plans_of_other_widths(isa: str, m: int, blocking: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "blocking"),
+    ("isa", "m", "blocking"),
     [
-        (1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
-        (3, "64 channels, four of them x 3 rows a tile, codes dotted as they lie, 48 groups"),
-        (8, "panels of 64 channels"),
+        ("avx512vnni", 1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
+        ("avx512vnni", 3, "64 channels, four of them x 3 rows a tile, codes dotted as they lie, 48 groups"),
+        ("avx512vnni", 8, "panels of 64 channels"),
+        ("avx2", 1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
+        ("avx2", 4, "64 channels, four of them x 4 rows a tile, codes dotted as they lie, 48 groups"),
+        ("avx2", 5, "panels of 64 channels"),
+        ("avxvnni", 7, "32 channels, four of them x 4 rows a tile, codes dotted as they lie, 48 groups"),
     ],
 )
-def test_plans_of_groups(m: int, blocking: str) -> None:
-    kernel = explain(Problem("linear", "cpu", torch.bfloat16, 4, 32, m)).kernel
+def test_plans_of_groups(isa: str, m: int, blocking: str) -> None:
+    kernel = replace(explain(Problem("linear", "cpu", torch.bfloat16, 4, 32, m)).kernel, isa=isa)
     assert plan.plan_linear(kernel, 1536, 6144, m, 4, 2, 32).blocking.startswith(blocking)
 
 

@@ -35,6 +35,7 @@ struct Avx2 {
     static constexpr int quad_rows = 4;
     static constexpr int most_quad_rows = 24;
     static constexpr int most_spread_rows = 8;
+    static constexpr int group_panel_rows = 5;
     static constexpr int prefetch_bytes = 2048;
     static constexpr int fetches_ahead = 2048;  // bytes, of a row of 4 or 8 bits
     static constexpr int table_rows = 2;

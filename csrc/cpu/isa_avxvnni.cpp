@@ -25,6 +25,7 @@ struct AvxVnni : Avx2 {
     static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 2;
     static constexpr int most_quad_rows = 0;
+    static constexpr int group_panel_rows = 0;
 
     template <int Bits>
     struct Dot {

@@ -279,12 +279,26 @@ void matmul_unpacked(const Matmul& args) {
     MatmulDriver<Isa, 8, true>(args).run();
 }
 
+// The rows from which on groups are dotted in panels, or 0 for as many as without groups. Where a quad's sums do not fit
+// the registers, transposing is the cheaper way to have a channel in each lane as soon as a second tile of rows would
+// have to read the codes again; with one tile, and weights out of the caches, it is not.
+template <class Isa>
+constexpr int kGroupPanelRows = [] {
+    if constexpr (requires { Isa::group_panel_rows; }) {
+        return Isa::group_panel_rows;
+    } else {
+        return 0;
+    }
+}();
+
 template <class Isa>
 void matmul(const Matmul& args) {
     if (args.m == 0 || args.n == 0) return;
     const bool packed = args.path == Path::packed;
     const bool spreads = Isa::spreads_in_registers && args.group_size == 0;
-    const bool panels = args.m >= (args.bits < 8 && (packed || spreads) ? kPanelRows : kPanelRows * 3 / 2);
+    std::int64_t rows = args.bits < 8 && (packed || spreads) ? kPanelRows : kPanelRows * 3 / 2;
+    if (args.group_size > 0 && kGroupPanelRows<Isa> > 0) rows = kGroupPanelRows<Isa>;
+    const bool panels = args.m >= rows;
     if (args.group_size == 0 && args.m > 1) {
         if (packed && (!panels || args.m <= Isa::most_quad_rows)) {
             switch (args.bits) {

@@ -166,14 +166,19 @@ class PanelDriver {
         const bool bare_groups = groups_ > 1 && a_.acc != nullptr;
         const std::int64_t slice = bare_groups ? kPanel : kSlice;
         Ahead ahead = next_panel(n0, panel);
+        const bool apart = kSlice < kPanel && ahead.next == ahead.end;  // the next panel is too much to ask for at once
         for (std::int64_t step = 0; step < all_steps || step == 0; step += larger(part_steps_, 1)) {
             const std::int64_t count = smaller(part_steps_, all_steps - step);
             fill(n0, channels, step, count, panel);
+            const bool turns = step + count >= all_steps;  // to the next panel
+            Part next = part_ahead(apart, turns ? n0 + kPanel : n0, turns ? 0 : step + count,
+                                   batches * ceil_div(channels, slice) * ceil_div(rows, batches * Tile::rows));
             for (std::int64_t some = 0; some < batches; ++some) {
                 const std::int64_t begin = rows * some / batches, end = rows * (some + 1) / batches;
                 const std::int64_t tiles = ceil_div(end - begin, Tile::rows);
                 for (std::int64_t c = 0; c < channels; c += slice) {
                     for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                        next.ask(row_bytes_);
                         const std::int64_t from = begin + (end - begin) * tile / tiles;
                         const std::int64_t to = begin + (end - begin) * (tile + 1) / tiles;
                         const std::int64_t kept = keeps() ? from * kPanel : 0;
@@ -239,6 +244,25 @@ class PanelDriver {
         if (rows <= 0 || kPanel * row_bytes_ > kPanelBytes) return {panel, panel};
         const std::uint8_t* first = a_.w + (n0 + kPanel) * row_bytes_;
         return {first, first + rows * row_bytes_};
+    }
+
+    // The codes of a part of k, where whole rows are too long to ask for: some rows of them with every tile.
+    struct Part {
+        const std::uint8_t* first;
+        std::int64_t rows, bytes, share;
+
+        void ask(std::int64_t stride) {
+            for (std::int64_t some = smaller(share, rows); some > 0; --some, --rows, first += stride) {
+                for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 2);
+            }
+        }
+    };
+
+    Part part_ahead(bool wanted, std::int64_t n0, std::int64_t step, std::int64_t tiles) const {
+        const std::int64_t rows = wanted ? larger(0, smaller(kPanel, a_.n - n0)) : 0;
+        const std::int64_t start = step * kStepCodes * a_.bits / 8;
+        return {a_.w + n0 * row_bytes_ + start, rows, part_steps_ * kStepCodes * a_.bits / 8 + 63,
+                ceil_div(rows, larger(1, tiles))};
     }
 
     // What follows when the accumulators of row i and group g are complete.

@@ -97,7 +97,11 @@ template <class Isa, int Bits, int MR>
             stop = smaller(whole, at + Dot::blocks_per_flush * L::weight_bytes);
         }
         for (; at != stop; at += L::weight_bytes) {
-            for (std::int64_t line = 0; line < quad.share; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+            if constexpr (channels * L::weight_bytes <= 64) {
+                __builtin_prefetch(ahead, 0, 2);
+            } else {
+                for (std::int64_t line = 0; line < quad.share; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+            }
             ahead += quad.share;
             step([&](auto r) __attribute__((always_inline)) { return Dot::load(quad.row[r.value] + at); });
         }

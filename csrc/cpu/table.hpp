@@ -7,8 +7,10 @@ namespace bytelane::cpu {
 
 constexpr const Kernels* kTable[] = {
 #ifdef BYTELANE_X86
+#ifdef BYTELANE_AVX512
     &avx512vbmi_kernels,
     &avx512vnni_kernels,
+#endif
 #ifdef BYTELANE_AVXVNNI
     &avxvnni_kernels,
 #endif

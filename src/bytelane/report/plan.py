@@ -31,6 +31,7 @@ TILE_BYTES = 32 << 10  # kTileBytes
 QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
 QUAD_ROWS = {"avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}  # quad_rows, of a tile; others have 2
 MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}  # most_quad_rows: quads beat panels; others 0
+GROUP_PANEL_ROWS = {"avx2": 5}  # group_panel_rows: groups go to panels from here on; others as without groups
 MOST_SPREAD_ROWS = {"avx512vbmi": 64, "avx2": 8}  # most_spread_rows, of those that spread other widths in registers
 
 
@@ -63,7 +64,8 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
     size = row_bytes(k, bits)
     isa = kernel.isa or ""
     spreads = isa in MOST_SPREAD_ROWS and not packed and not group_size
-    transposed = m >= (PANEL_ROWS if bits < 8 and (packed or spreads) else PANEL_ROWS * 3 // 2)
+    panel_rows = PANEL_ROWS if bits < 8 and (packed or spreads) else PANEL_ROWS * 3 // 2
+    transposed = m >= (GROUP_PANEL_ROWS.get(isa, panel_rows) if group_size else panel_rows)
     in_place = "dotted as they lie" if packed else "spread in registers"
     if packed:
         side_by_side = not group_size and (not transposed or m <= MOST_QUAD_ROWS.get(isa, 0))
