@@ -247,6 +247,10 @@ def test_layers_that_are_watched_or_foreign_are_refused(tmp_path: Path) -> None:
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert module.token_step(model) is None
     handle.remove()
+    model.set_attn_implementation("eager")
+    assert module.token_step(model) is None
+    model.set_attn_implementation("sdpa")
+    assert module.token_step(model) is not None
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(8, 8)
     assert module.token_step(model) is None
 

@@ -8,8 +8,10 @@ the same formulas (csrc/cpu/float_ops.hpp, attention.hpp), rounded to the activa
     parts.py      what a layer consists of, read off transformers' own modules, by architecture
     merge.py      projections that read one tensor as one matrix, each with its own output scale
     native.py     a layer as one native object
+    outline.py    what a step of one token needs beside the layers: places in caches, angles, embedding, logits
     stack.py      one token through all layers in one native call
     norms.py      the norms of a model on a CUDA device, one launch each
+    token_step.py one token through all layers on a CUDA device, ten launches a layer
     forward.py    the forward itself: native; or step by step, the same bits, where a linear layer is watched or foreign
 
 Modules, names and classes stay transformers'. A call that asks for more than the layer's result (attention weights,

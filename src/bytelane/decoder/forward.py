@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, StaticCache
 from bytelane.cache import GrowingCache, grows
 from bytelane.decoder.native import NativeLayer, build
 from bytelane.decoder.norms import install_norms
-from bytelane.decoder.parts import NormPart, NotSupportedError, Parts, norm_part, read_parts
+from bytelane.decoder.parts import NormPart, NotSupportedError, Parts, norm_part, read_parts, uses_sdpa
 from bytelane.dispatch import FLOATS, machine
 from bytelane.errors import ConfigError
 from bytelane.kernels import float_ops
@@ -96,18 +96,12 @@ class LayerForward:
             and angles is not None
             and angles[0].shape[-1] == self.parts.dim
             and angles[0].dtype is x.dtype
-            and _sdpa(config)
+            and uses_sdpa(config)
             # without a mask, sdpa aligns causal attention with a static cache's first places; the kernels with its last
             and not (mask is None and isinstance(arguments.get("cache", arguments.get("past_key_values")), StaticCache))
             and not arguments.get("output_attentions")
             and self.unwatched()
         )
-
-
-def _sdpa(config: Any) -> bool:
-    # the property costs ten times the attribute behind it, and this is asked by every layer of every token
-    chosen = vars(config).get("_attn_implementation_internal")
-    return bool((config._attn_implementation if chosen is None else chosen) == "sdpa")
 
 
 def _forward(

@@ -285,6 +285,13 @@ def _architecture(module: nn.Module, role: str) -> Architecture | None:
     return next(known, None)
 
 
+def uses_sdpa(config: Any) -> bool:
+    """Whether a model's attention is torch's scaled dot product, the one that bytelane's own stands in for."""
+    # the property costs ten times the attribute behind it, and this is asked by every layer of every token
+    chosen = vars(config).get("_attn_implementation_internal")
+    return bool((config._attn_implementation if chosen is None else chosen) == "sdpa")
+
+
 def is_decoder(module: nn.Module) -> bool:
     """Whether a module is the text model of a known architecture."""
     return _architecture(module, "decoder") is not None

@@ -21,7 +21,16 @@ from transformers import Cache, PreTrainedModel
 from bytelane.decoder.merge import Merged, merge
 from bytelane.decoder.norms import norm_form
 from bytelane.decoder.outline import Outline
-from bytelane.decoder.parts import LinearPart, NormPart, NotSupportedError, Parts, is_decoder, norm_part, read_parts
+from bytelane.decoder.parts import (
+    LinearPart,
+    NormPart,
+    NotSupportedError,
+    Parts,
+    is_decoder,
+    norm_part,
+    read_parts,
+    uses_sdpa,
+)
 from bytelane.dispatch import FLOATS
 from bytelane.kernels.cuda_norm import MAX_WIDTH, NormForm
 from bytelane.kernels.cuda_step import CacheRows, HeadNorms, attend, gate, heads, join
@@ -190,8 +199,11 @@ class TokenStep:
         if last is None:
             raise NotSupportedError(f"{type(decoder.norm).__name__} is not a norm this build knows")
         every = [read_parts(layer) for layer in decoder.layers]
+        if not all(uses_sdpa(parts.attention.config) for parts in every):
+            raise NotSupportedError("its attention is another than sdpa")
         self._layers = [_Layer.of(parts, model.dtype) for parts in every]
         self._outline = Outline(model, every)
+        self._check_angles(model, every)
         norms = [layer.input_norm for layer in self._layers]
         self._after = [*norms[1:], _weighted(last, model.dtype)]
         self._first = every[0].input_norm.module
@@ -218,6 +230,13 @@ class TokenStep:
             after = self._after[index]
             stream, n = layer.run(stream, n, angles[place.angles], position, rows, place.window, given, after)
         return self._outline.logits(n.view(1, 1, -1))
+
+    def _check_angles(self, model: PreTrainedModel, every: list[Parts]) -> None:
+        x = torch.empty((1, 1, 1), dtype=model.dtype, device=model.device)
+        found = self._outline.angles(x, torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+        for parts, place in zip(every, self._outline.places, strict=True):
+            if any(angle.numel() != parts.dim or angle.dtype is not model.dtype for angle in found[place.angles]):
+                raise NotSupportedError(f"not all of a head of {parts.dim} is rotated, or not in {model.dtype}")
 
     def _rows(self, held: Any, parts: Parts) -> CacheRows:
         if not held.is_initialized:
