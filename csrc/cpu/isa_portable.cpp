@@ -16,7 +16,6 @@
 namespace bytelane::cpu {
 namespace {
 
-using Int16x8 = std::int16_t __attribute__((vector_size(16)));
 using Uint16x8 = std::uint16_t __attribute__((vector_size(16)));
 using Int32x4 = std::int32_t __attribute__((vector_size(16)));
 using Uint32x4 = std::uint32_t __attribute__((vector_size(16)));
@@ -78,7 +77,8 @@ struct Portable {
         }
 
         static void add(Sum& s, Vector u, Vector q) {
-            const auto product = reinterpret_cast<Uint32x4>(reinterpret_cast<Int16x8>(u) * reinterpret_cast<Int16x8>(q));
+            // mod 2^16: rows past the last one hold whatever was there, and their sums are not looked at
+            const auto product = reinterpret_cast<Uint32x4>(u * q);
             const Int32x4 even = reinterpret_cast<Int32x4>(product << 16) >> 16;
             const Int32x4 odd = reinterpret_cast<Int32x4>(product) >> 16;
             s.wide += reinterpret_cast<Uint32x4>(even) + reinterpret_cast<Uint32x4>(odd);
