@@ -198,16 +198,16 @@ class StepGraph:
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
         """Run one token; logits `[vocabulary]`, which the next step overwrites."""
+        if self._model.device.type != "cuda":
+            return self.call(token)
         self._room(1)
         self._token.fill_(token)
-        if self._model.device.type != "cuda":
-            self._logits = self._step()
-        elif self._graph is None:
+        if self._graph is None:
             self._capture()
-        if self._graph is not None:
-            self._graph.replay()
-        self.used += 1
+        assert self._graph is not None
         assert self._logits is not None
+        self._graph.replay()
+        self.used += 1
         return self._logits
 
     def _capture(self) -> None:
