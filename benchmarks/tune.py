@@ -50,8 +50,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "bits": {"^lm_head$": 2, "layers\\.(1[3-9]|2\\d)\\.mlp\\.": 2},
         "embeddings": 2,
     },
+    "mobile-18": {
+        "default_bits": 4,
+        "bits": {"^lm_head$": 2, "layers\\.([89]|1\\d)\\.mlp\\.": 2},
+        "embeddings": 2,
+    },
 }
-"""Recipes; `mobile` is the phone's map on 30 layers: 4-bit attention and lower MLPs, the rest 2 bits."""
+"""Recipes; `mobile` is the phone's map on 30 layers: 4-bit attention and lower MLPs, the rest 2 bits. `mobile-18` is
+the same on 18: the upper 10 MLPs have 2 bits."""
 
 
 SETTLED = {

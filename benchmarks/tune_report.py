@@ -1,10 +1,11 @@
 """The tuning guide's table and curves from what `tune.py` measured.
 
-    python benchmarks/tune_report.py [benchmarks/results/tune_*.json] [--svg docs/images/tuning.svg] [--write]
+    python benchmarks/tune_report.py [benchmarks/results/tune_*.json] [--svg docs/images/tuning.svg]
+    python benchmarks/tune_report.py --write
 
 Prints the table, of several files those of the later ones where two have a variant; `--svg` draws the loss and the
-integer model's perplexity over the seconds of training; `--write` puts the table into docs/tuning.md, between the
-comments that name it.
+integer model's perplexity over the seconds of training; `--write` puts the table of each model in `results` into
+docs/tuning.md, between the comments that name it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = tuple(ROOT / "benchmarks" / "results" / f"tune_{card}.json" for card in ("h200", "h100", "settled_h100"))
+RESULTS, GEMMA = (
+    tuple(ROOT / "benchmarks" / "results" / f"tune_{run}.json" for run in runs)
+    for runs in (("h200", "h100", "settled_h100"), ("gemma_h100",))
+)
 GUIDE = ROOT / "docs" / "tuning.md"
-MARKS = ("<!-- figures of tuning -->", "<!-- end of figures of tuning -->")
+TABLES = {"figures of tuning": RESULTS, "figures of tuning, Gemma 3": GEMMA}
+"""What is between which comments of the guide, and the files it is made of."""
 NAMES = {
     "w8a8o8": ("8-bit weights", "8 bits"),
     "w4a8o8": ("4-bit weights", "8 bits"),
     "w4a8o8-g32": ("4-bit weights in groups of 32", "8 bits"),
     "mobile": ("the phone's map: 4 bits, 2 bits in the MLPs of the upper 17 layers", "2 bits"),
+    "mobile-18": ("the phone's map: 4 bits, 2 bits in the MLPs of the upper 10 layers", "2 bits"),
 }
 COLOURS = {"w8a8o8": "#2a9d8f", "w4a8o8": "#3a6fb0", "w4a8o8-g32": "#8e5ea2", "mobile": "#c8553d"}
+COLOURS["mobile-18"] = COLOURS["mobile"]
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 220, 46, 34, 66
 
 
@@ -143,9 +150,9 @@ def svg(measured: dict[str, Any]) -> str:
     )
 
 
-def replace(text: str, made: str) -> str:
-    """A guide's text with the table between its marks."""
-    first, last = MARKS
+def replace(text: str, made: str, name: str) -> str:
+    """A guide's text with the table between the marks of that name."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"no {first} in the guide")
@@ -156,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*", default=RESULTS)
     parser.add_argument("--svg", type=Path)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="of all models in results; nothing else")
     given = parser.parse_args()
     measured = merged(given.results)
     made = table(measured)
@@ -164,7 +171,10 @@ def main() -> None:
     if given.svg is not None:
         given.svg.write_text(svg(measured), encoding="utf-8")
     if given.write:
-        GUIDE.write_text(replace(GUIDE.read_text(encoding="utf-8"), made), encoding="utf-8")
+        text = GUIDE.read_text(encoding="utf-8")
+        for name, files in TABLES.items():
+            text = replace(text, table(merged(files)), name)
+        GUIDE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -151,10 +151,11 @@ def test_the_tuning_guide_says_what_the_results_say(monkeypatch: pytest.MonkeyPa
 
     measured = tune_report.merged(tune_report.RESULTS)
     text = tune_report.GUIDE.read_text()
-    assert tune_report.replace(text, tune_report.table(measured)) == text
+    for name, files in tune_report.TABLES.items():
+        assert tune_report.replace(text, tune_report.table(tune_report.merged(files)), name) == text
     assert (SCRIPTS.parent / "docs" / "images" / "tuning.svg").read_text() == tune_report.svg(measured)
     with pytest.raises(SystemExit, match="no <!--"):
-        tune_report.replace("a guide without marks", "")
+        tune_report.replace("a guide without marks", "", "figures of tuning")
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**json.loads(tune_report.RESULTS[0].read_text()), "evaluated_tokens": 1}))
     with pytest.raises(SystemExit, match="scores 1 tokens, others 20440"):
