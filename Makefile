@@ -113,7 +113,7 @@ $(NATIVE_CASES): $(CASE_SOURCES)
 	mkdir -p $(@D)
 	$(NUMPY_PYTHON) tests/native/cases.py $@
 
-.PHONY: test-arm test-avxvnni
+.PHONY: test-arm test-avxvnni test-amx
 test-arm: $(NATIVE_CASES) ## Cross-compile the Arm kernels and run every case under qemu-user, with and without dot products.
 	$(DRIVER) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(AARCH64)-g++
@@ -125,6 +125,11 @@ test-avxvnni: $(NATIVE_CASES) ## Run every case on the AVX-VNNI source, encoded 
 	$(DRIVER) -B build/avxvnni -DBYTELANE_EVEX_VNNI=ON
 	$(CMAKE) --build build/avxvnni --parallel 2
 	build/avxvnni/driver $(NATIVE_CASES) $(X86_ISAS)
+
+test-amx: $(NATIVE_CASES) ## Run every case on the AMX source, with emulated tile registers.
+	$(DRIVER) -B build/amx -DBYTELANE_EMULATED_AMX=ON -DBYTELANE_VNNI=OFF
+	$(CMAKE) --build build/amx --parallel 2
+	build/amx/driver $(NATIVE_CASES) avx512amx avx2 portable
 
 # What this processor runs of that build, the AVX-VNNI source among it.
 X86_ISAS ?= avx512vbmi avx512vnni avxvnni avx2 portable

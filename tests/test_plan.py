@@ -40,7 +40,7 @@ def test_the_constants_are_those_of_the_drivers(file: str, name: str, value: int
     assert int(found[1]) << int(found[2] or 0) == value
 
 
-@pytest.mark.parametrize("isa", ["avx512vbmi", "avx512vnni", "avxvnni", "avx2", "dotprod", "portable"])
+@pytest.mark.parametrize("isa", ["avx512amx", "avx512vbmi", "avx512vnni", "avxvnni", "avx2", "dotprod", "portable"])
 def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> None:
     source = (CSRC / f"isa_{isa.replace('vbmi', 'vnni')}.cpp").read_text()  # VBMI is the same source with a macro
     tables = (
@@ -55,7 +55,11 @@ def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> Non
     else:
         assert "group_panel_rows" not in source
     for name, table, other in tables:
-        (found,) = re.findall(rf"static constexpr int {name} = (\d+);", source)
+        pattern = rf"static constexpr int {name} = (\d+);"
+        said = re.findall(pattern, source)
+        if isa == "avx512amx" and not said:  # as the source that it starts from
+            said = re.findall(pattern, (CSRC / "isa_avx512vnni.cpp").read_text())
+        (found,) = said
         assert int(found) == table.get(isa, other)
 
 
@@ -109,6 +113,8 @@ def test_plans_of_two_channels(m: int, blocking: str) -> None:
         ("avx2", 1, "64 channels x 1 row a tile, codes spread in registers"),
         ("avx2", 8, "2 channels x 4 rows a tile, codes spread in registers"),
         ("avx2", 9, "panels of 64 channels"),
+        ("avx512amx", 16, "4 channels x 6 rows a tile, codes spread in registers"),
+        ("avx512amx", 17, "panels of 64 channels, spread to bytes and transposed once for all rows, multiplied in tile"),
         ("avx512vbmi", 64, "4 channels x 6 rows a tile, codes spread in registers"),
         ("portable", 2, "64 channels x 2 rows a tile, codes spread to bytes on the way"),
     ],
@@ -123,6 +129,7 @@ def test_plans_of_other_widths(isa: str, m: int, blocking: str) -> None:
         ("avx512vnni", 1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
         ("avx512vnni", 3, "64 channels, four of them x 3 rows a tile, codes dotted as they lie, 48 groups"),
         ("avx512vnni", 8, "panels of 64 channels"),
+        ("avx512amx", 17, "panels of 64 channels, spread to bytes and transposed once for all rows"),
         ("avx2", 1, "64 channels, four of them x 1 row a tile, codes dotted as they lie, 48 groups"),
         ("avx2", 4, "64 channels, four of them x 4 rows a tile, codes dotted as they lie, 48 groups"),
         ("avx2", 5, "panels of 64 channels"),

@@ -349,6 +349,11 @@ struct Avx512Vnni {
     }
 };
 
+}  // namespace
+
+#ifndef BYTELANE_WITHOUT_AVX512_TABLE  // isa_avx512amx.cpp starts from this source and has its own table
+namespace {
+
 bool supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -379,6 +384,7 @@ constexpr Kernels kTable = {kVbmi ? "avx512vbmi" : "avx512vnni",
 const Kernels avx512vbmi_kernels = kTable;
 #else
 const Kernels avx512vnni_kernels = kTable;
+#endif
 #endif
 
 }  // namespace bytelane::cpu

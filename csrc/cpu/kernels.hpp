@@ -236,6 +236,7 @@ struct Kernels {
     std::uint64_t (*read_all)(const ReadAll&);
 };
 
+extern const Kernels avx512amx_kernels;
 extern const Kernels avx512vbmi_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const Kernels avxvnni_kernels;

@@ -57,8 +57,31 @@ std::int64_t peak_dots_of(const PeakDots& args) {
     return args.repeats * args.threads * steps * kStepCodes * Tile::vectors * Tile::lanes * Tile::rows;
 }
 
+// The same of tile registers.
+template <class Tile>
+std::int64_t peak_blocks(const PeakDots& args) {
+    constexpr std::int64_t steps = 64, block_bytes = steps * Tile::step_bytes, q_bytes = steps * Tile::q_step;
+    const Scratch scratch(kPanel / Tile::lanes * block_bytes + Tile::rows * (q_bytes + kPanel * 4), args.threads);
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+    {
+        Carver memory = scratch.of_this_thread();
+        auto* panel = memory.take<std::uint8_t>(kPanel / Tile::lanes * block_bytes);
+        auto* q = memory.take<std::uint8_t>(Tile::rows * q_bytes);
+        auto* acc = memory.take<std::int32_t>(Tile::rows * kPanel);
+        std::memset(panel, 1, kPanel / Tile::lanes * block_bytes);
+        std::memset(q, 0, Tile::rows * q_bytes);
+        for (std::int64_t i = 0; i < args.repeats; ++i) {
+            Ahead nothing{panel, panel};
+            Tile::dot(Tile::rows, panel, block_bytes, steps, q, q_bytes, kPanel, true, nothing, acc);
+        }
+        asm volatile("" : : "r"(acc) : "memory");
+    }
+    return args.repeats * args.threads * steps * kStepCodes * kPanel * Tile::rows;
+}
+
 template <class Isa>
 std::int64_t peak_dots(const PeakDots& args) {
+    if constexpr (requires { typename Isa::Matrix; }) return peak_blocks<typename Isa::Matrix>(args);
     if (args.bits == 8) return peak_dots_of<Isa, typename Isa::Tile8>(args);
     return peak_dots_of<Isa, typename Isa::Tile>(args);
 }

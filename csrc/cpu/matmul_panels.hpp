@@ -12,7 +12,8 @@
 // A tile of 64 channels reads few bytes of codes for its multiply-adds: a slice is the whole panel, and a batch all rows.
 // One of 16 channels reads four times as many, too many for the second-level cache, and its parts of k are shorter.
 //
-// Tiles are even: 13 rows of 6 are 5 + 4 + 4. Groups come in ascending order, whatever the parts of k.
+// Tiles are even: 13 rows of 6 are 5 + 4 + 4. Those of tile registers (amx.hpp) are full, but for the last one. Groups
+// come in ascending order, whatever the parts of k.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +34,20 @@ constexpr std::int64_t kBlockBytes = 4 << 20;  // arranged activations of one bl
 constexpr std::int64_t kBlockRows = 1024;
 constexpr std::int64_t kSplitRows = 96;        // rows worth filling a panel for a second time, on another thread
 
+// Tiles that are multiplied as a whole take parts of k of so many steps, with zeros past a row's end.
+template <class Tile>
+constexpr std::int64_t kWholeSteps = [] {
+    if constexpr (requires { Tile::whole_steps; }) {
+        return Tile::whole_steps;
+    } else {
+        return 1;
+    }
+}();
+
 template <class Isa, class Tile>
 class PanelDriver {
     using Element = typename Tile::Element;
+    static constexpr bool kWhole = kWholeSteps<Tile> > 1;
 
   public:
     explicit PanelDriver(const Matmul& args) : a_(args), packed_(args.path == Path::packed) {
@@ -46,10 +58,12 @@ class PanelDriver {
         if (groups_ > 1 && size_ * a_.bits % 32 != 0) packed_ = false;
         parts_ = packed_ ? 8 / a_.bits : 1;
         steps_ = ceil_div(size_, kStepCodes * parts_) * parts_;
+        steps_ = ceil_div(steps_, kWholeSteps<Tile>) * kWholeSteps<Tile>;
         q_row_ = groups_ * steps_ * Tile::q_step + 64;  // rows a power of two apart would share a cache set
         const std::int64_t fit = kPanelBytes / (kBlocks * Tile::step_bytes) / 8 * 8;
         const std::int64_t fit_slice = kSliceBytes / (Tile::vectors * Tile::step_bytes) / 8 * 8;
-        const std::int64_t all = groups_ * steps_, whole = groups_ > 1 ? steps_ : 8;  // parts have whole groups or words
+        // parts have whole groups or words
+        const std::int64_t all = groups_ * steps_, whole = groups_ > 1 ? steps_ : larger(8, kWholeSteps<Tile>);
         const std::int64_t parts = larger(1, ceil_div(all, kSlice < kPanel ? fit_slice : fit));
         part_steps_ = ceil_div(ceil_div(all, parts), larger(whole, 1)) * whole;
         k_parts_ = ceil_div(all, larger(part_steps_, 1));
@@ -60,9 +74,9 @@ class PanelDriver {
     }
 
     void run() const {
-        const Scratch shared(m_block_ * (q_row_ + groups_ * 4) + 2 * Carver::alignment, 1);
+        const Scratch shared(reached(m_block_) * q_row_ + m_block_ * groups_ * 4 + 2 * Carver::alignment, 1);
         Carver memory = shared.of(0);
-        auto* q = memory.take<std::uint8_t>(m_block_ * q_row_);
+        auto* q = memory.take<std::uint8_t>(reached(m_block_) * q_row_);
         auto* sums = memory.take<std::int32_t>(m_block_ * groups_);
         const Scratch scratch(thread_bytes(), threads_);
         const std::int64_t panels = ceil_div(a_.n, kPanel);
@@ -94,9 +108,12 @@ class PanelDriver {
     static constexpr std::int64_t kBlocks = kPanel / Tile::lanes;
     static constexpr std::int64_t kSlice = Tile::lanes * Tile::vectors;  // channels
 
+    // Rows that a tile may reach past the last one, where it is multiplied as a whole.
+    static std::int64_t reached(std::int64_t rows) { return kWhole ? rows + Tile::rows - 1 : rows; }
+
     // Accumulators and totals of every row are kept from one part of k or slice to the next, or of one tile only.
     bool keeps() const { return k_parts_ > 1 || kSlice < kPanel; }
-    std::int64_t kept_rows() const { return keeps() ? m_block_ : Tile::rows; }
+    std::int64_t kept_rows() const { return keeps() ? reached(m_block_) : Tile::rows; }
 
     std::int64_t thread_bytes() const {
         const std::int64_t panel = kBlocks * block_bytes(part_steps_) + panel_scales_bytes(groups_) + kept_rows() * kPanel * 8;
@@ -123,6 +140,10 @@ class PanelDriver {
             }
             sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) *
                                             static_cast<std::uint32_t>(-Tile::offset(a_.bits)));
+            if constexpr (kWhole) {
+                const std::int64_t written = ceil_div(size_, kStepCodes * parts_) * parts_ * Tile::q_step;
+                std::memset(out + written, 0, steps_ * Tile::q_step - written);
+            }
         }
     }
 
@@ -179,15 +200,18 @@ class PanelDriver {
                 for (std::int64_t c = 0; c < channels; c += slice) {
                     for (std::int64_t tile = 0; tile < tiles; ++tile) {
                         next.ask(row_bytes_);
-                        const std::int64_t from = begin + (end - begin) * tile / tiles;
-                        const std::int64_t to = begin + (end - begin) * (tile + 1) / tiles;
+                        std::int64_t from = begin + (end - begin) * tile / tiles;
+                        std::int64_t to = begin + (end - begin) * (tile + 1) / tiles;
+                        if (kWhole) from = begin + tile * Tile::rows, to = smaller(end, from + Tile::rows);
                         const std::int64_t kept = keeps() ? from * kPanel : 0;
                         const Piece piece{n0, channels, step, count, block.from + from, to - from, c, smaller(slice, channels - c)};
-                        if (groups_ > 1 && !bare_groups) {
-                            dot_group_tile(piece, block, panel, scales, ahead, total + kept);
-                        } else {
-                            dot_tile(piece, block, panel, scales, ahead, acc + kept);
+                        if constexpr (!kWhole) {
+                            if (groups_ > 1 && !bare_groups) {
+                                dot_group_tile(piece, block, panel, scales, ahead, total + kept);
+                                continue;
+                            }
                         }
+                        dot_tile(piece, block, panel, scales, ahead, acc + kept);
                     }
                 }
             }
@@ -208,9 +232,15 @@ class PanelDriver {
         panel += p.c / Tile::lanes * block_bytes;
         for (std::int64_t done = 0; done < p.count || done == 0;) {
             const std::int64_t g = (p.step + done) / larger(steps_, 1), now = smaller(p.count - done, steps_);
-            dot_panel_rows<Tile>(p.rows, panel + done * Tile::step_bytes, block_bytes, now,
-                                 Tile::flush_steps(a_.bits), block.q + p.row * q_row_ + (p.step + done) * Tile::q_step,
-                                 q_row_, p.some, groups_ > 1 || p.step == 0, ahead, acc + p.c);
+            const std::uint8_t* w = panel + done * Tile::step_bytes;
+            const std::uint8_t* q = block.q + p.row * q_row_ + (p.step + done) * Tile::q_step;
+            const bool first = groups_ > 1 || p.step == 0;
+            if constexpr (kWhole) {
+                Tile::dot(p.rows, w, block_bytes, now, q, q_row_, p.some, first, ahead, acc + p.c);
+            } else {
+                dot_panel_rows<Tile>(p.rows, w, block_bytes, now, Tile::flush_steps(a_.bits), q, q_row_, p.some, first,
+                                     ahead, acc + p.c);
+            }
             done += larger(now, 1);
             const bool last = p.step + done >= groups_ * steps_;
             if (groups_ > 1 || (last && p.last_slice())) {

@@ -199,25 +199,6 @@ struct PanelGroups {
     std::int64_t stride;
 };
 
-// The lanes of a tile's vector as the compiler's own types (GCC 12 does not take a size that is a template's).
-template <int Count>
-struct Lanes;
-template <>
-struct Lanes<4> {
-    typedef std::int32_t Ints __attribute__((vector_size(16)));
-    typedef float Floats __attribute__((vector_size(16)));
-};
-template <>
-struct Lanes<8> {
-    typedef std::int32_t Ints __attribute__((vector_size(32)));
-    typedef float Floats __attribute__((vector_size(32)));
-};
-template <>
-struct Lanes<16> {
-    typedef std::int32_t Ints __attribute__((vector_size(64)));
-    typedef float Floats __attribute__((vector_size(64)));
-};
-
 // total += f32(acc) * scale, of one vector.
 template <int Count, class Vector>
 [[gnu::always_inline]] inline void join_total(Vector acc, const float* scale, float* total) {

@@ -121,10 +121,88 @@ inline void scale_group(const std::int32_t* __restrict acc, const PanelScales& p
     }
 }
 
+// A vector of channels as the compiler's own types (GCC 12 does not take a size that is a template's).
+template <int Count>
+struct Lanes;
+template <>
+struct Lanes<4> {
+    typedef std::int32_t Ints __attribute__((vector_size(16)));
+    typedef std::uint32_t Bits __attribute__((vector_size(16)));
+    typedef float Floats __attribute__((vector_size(16)));
+    typedef std::uint16_t Halves __attribute__((vector_size(8)));
+};
+template <>
+struct Lanes<8> {
+    typedef std::int32_t Ints __attribute__((vector_size(32)));
+    typedef std::uint32_t Bits __attribute__((vector_size(32)));
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef std::uint16_t Halves __attribute__((vector_size(16)));
+};
+template <>
+struct Lanes<16> {
+    typedef std::int32_t Ints __attribute__((vector_size(64)));
+    typedef std::uint32_t Bits __attribute__((vector_size(64)));
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef std::uint16_t Halves __attribute__((vector_size(32)));
+};
+
+template <class Vector, class Element>
+[[gnu::always_inline]] inline Vector load_lanes(const Element* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Whether outputs are codes that become bfloat16 or float32, and whole vectors: then one pass does all.
+inline bool passes_once(const Output& o, std::int64_t count) {
+    return o.output_scale != nullptr && o.dtype != Dtype::float16 && count % kStep == 0;
+}
+
+// Totals, as `total_at(n)` gives a vector's from n on, to codes and to outputs at y, never leaving registers.
+template <class L, class TotalAt>
+[[gnu::always_inline]] inline void finish_steps(const PanelScales& p, Dtype dtype, std::int64_t count, void* y,
+                                                const TotalAt& total_at) {
+    using Floats = typename L::Floats;
+    using Bits = typename L::Bits;
+    constexpr std::int64_t lanes = sizeof(Floats) / sizeof(float);
+    const Floats high = Floats{} + 127.0f, low = Floats{} - 128.0f, magic = Floats{} + 12582912.0f;
+    const auto value_at = [&](std::int64_t n) __attribute__((always_inline)) {
+        Floats v = total_at(n);
+        v = v < high ? v : high;  // as clamp_nan_high, then round_small
+        v = v > low ? v : low;
+        v = (v + magic) - magic;
+        return Floats(v * load_lanes<Floats>(p.output + n));
+    };
+    if (dtype == Dtype::float32) {
+        auto* out = static_cast<float*>(y);
+        for (std::int64_t n = 0; n < count; n += lanes) {
+            const Floats v = value_at(n);
+            std::memcpy(out + n, &v, sizeof v);
+        }
+        return;
+    }
+    auto* out = static_cast<std::uint16_t*>(y);
+    for (std::int64_t n = 0; n < count; n += lanes) {  // as bfloat_from_float
+        const Floats v = value_at(n);
+        const auto bits = reinterpret_cast<Bits>(v);
+        const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+        const Bits kept = v != v ? Bits{} + 0x7fc0u : rounded;
+        const typename L::Halves halves = __builtin_convertvector(kept, typename L::Halves);
+        std::memcpy(out + n, &halves, sizeof halves);
+    }
+}
+
 // The totals of one row of a panel to `count` outputs at y.
 template <class Isa>
 void finish_total(float* __restrict total, const PanelScales& p, const Output& o, std::int64_t groups,
                   std::int64_t count, void* y) {
+    using L = Lanes<Isa::Tile::lanes>;
+    if (passes_once(o, count) && !(o.bias != nullptr && groups > 1)) {
+        finish_steps<L>(p, o.dtype, count, y, [&](std::int64_t n) __attribute__((always_inline)) {
+            return load_lanes<typename L::Floats>(total + n);
+        });
+        return;
+    }
     const bool quantized = o.output_scale != nullptr;
     const bool float_bias = o.bias != nullptr && !(quantized && groups == 1);
     const std::int64_t whole = ceil_div(count, kStep) * kStep;
@@ -141,6 +219,17 @@ void finish_total(float* __restrict total, const PanelScales& p, const Output& o
 template <class Isa>
 void finish_panel(const std::int32_t* acc, const PanelScales& p, const Output& o, std::int64_t groups,
                   std::int64_t count, void* y, std::uint32_t start = 0) {
+    using L = Lanes<Isa::Tile::lanes>;
+    if (groups == 1 && passes_once(o, count)) {
+        using Floats = typename L::Floats;
+        using Bits = typename L::Bits;
+        finish_steps<L>(p, o.dtype, count, y, [&](std::int64_t n) __attribute__((always_inline)) {
+            const Bits biased = load_lanes<Bits>(acc + n) + start + load_lanes<Bits>(p.bias_codes + n);
+            const Floats whole = __builtin_convertvector(reinterpret_cast<typename L::Ints>(biased), Floats);
+            return Floats(whole * load_lanes<Floats>(p.scale + n));
+        });
+        return;
+    }
     const std::int64_t whole = ceil_div(count, kStep) * kStep;
     alignas(64) float total[kPanel];
     for (std::int64_t g = 0; g < groups; ++g) scale_group(acc + g * kPanel, p, g, whole, total, start);

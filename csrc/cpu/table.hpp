@@ -7,6 +7,9 @@ namespace bytelane::cpu {
 
 constexpr const Kernels* kTable[] = {
 #ifdef BYTELANE_X86
+#ifdef BYTELANE_AMX
+    &avx512amx_kernels,
+#endif
 #ifdef BYTELANE_AVX512
     &avx512vbmi_kernels,
     &avx512vnni_kernels,

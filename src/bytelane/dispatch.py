@@ -7,9 +7,9 @@ row of each operation, the reference in plain torch, takes everything.
 CUDA kernels are Triton's and need it installed and a device of compute capability 8.0 or later; `isa` is then `sm80`,
 `sm90` and so on, of the current device.
 
-The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512vbmi`,
-`avx512vnni`, `avxvnni`, `avx2`; `dotprod` on Arm; `portable`); it is read once per process. The results are the same
-bits whatever it says.
+The environment variable `BYTELANE_CPU_ISA` names the best CPU instruction set that may be used (`avx512amx`,
+`avx512vbmi`, `avx512vnni`, `avxvnni`, `avx2`; `dotprod` on Arm; `portable`); it is read once per process. The results
+are the same bits whatever it says.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def accumulators(out: Writer, rng, bits: int) -> None:
     for k in (1, 2, 3, 7, 8, 31, 33, 63, 64, 65, 100, 127, 129, 255, 257, 576):
         for m, n in ((0, 5), (1, 1), (1, 17), (2, 5), (3, 17), (4, 3), (17, 5)):
             case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k))
-    for m, n, k in ((1, 66, 1536), (13, 70, 1000), (30, 130, 700)):
+    for m, n, k in ((1, 66, 1536), (13, 70, 1000), (30, 130, 700), (49, 70, 1100)):
         case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k))
     for k, group_size in GROUPS:
         for m, n in ((1, 17), (2, 1), (5, 66), (13, 66)):
@@ -79,7 +79,7 @@ def accumulators(out: Writer, rng, bits: int) -> None:
         for w in (low, high):
             packed = np.repeat(oracle.pack_bits(np.full((1, k), w), bits), 5, axis=0)
             for a in (-128, 127):
-                for m in (3, 13):
+                for m in (3, 13) if k > 6144 else (3, 13, 20):
                     case(np.full((m, k), a, np.int8), np.full((5, k), w, np.int8), 0, packed)
     case(np.eye(137, dtype=np.int8), codes_of(rng, bits, 9, 137))  # every code at every place
 

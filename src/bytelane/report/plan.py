@@ -29,10 +29,14 @@ PANEL_ROWS = 8  # kPanelRows
 SERIAL_BYTES = 48 << 10  # kSerialBytes
 TILE_BYTES = 32 << 10  # kTileBytes
 QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
-QUAD_ROWS = {"avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}  # quad_rows, of a tile; others have 2
-MOST_QUAD_ROWS = {"avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}  # most_quad_rows: quads beat panels; others 0
+# quad_rows, of a tile; others have 2
+QUAD_ROWS = {"avx512amx": 6, "avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}
+# most_quad_rows: quads beat panels; others 0
+MOST_QUAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}
 GROUP_PANEL_ROWS = {"avx2": 5}  # group_panel_rows: groups go to panels from here on; others as without groups
-MOST_SPREAD_ROWS = {"avx512vbmi": 64, "avx2": 8}  # most_spread_rows, of those that spread other widths in registers
+# most_spread_rows, of those that spread other widths in registers
+MOST_SPREAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx2": 8}
+IN_TILE_REGISTERS = {"avx512amx"}  # multiply panels without groups in them
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,10 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
         return Plan(f"{QUAD_CHANNELS.get(isa, 4)} channels x {tile} rows a tile, codes {in_place}", threads)
     if transposed:
         panels = -(-n // PANEL)
-        return Plan(
-            f"panels of {PANEL} channels, spread to bytes and transposed once for all rows", min(threads, panels)
-        )
+        how = f"panels of {PANEL} channels, spread to bytes and transposed once for all rows"
+        if isa in IN_TILE_REGISTERS and not group_size:
+            how += ", multiplied in tile registers"
+        return Plan(how, min(threads, panels))
     threads = 1 if size * n * m < SERIAL_BYTES else threads
     panel = PANEL
     while m > MAX_TILE and panel > STEP and panel * size > TILE_BYTES:

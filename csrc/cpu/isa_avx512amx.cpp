@@ -1,0 +1,59 @@
+// x86-64 with AVX-512 VBMI and tile registers (AMX, Sapphire Rapids and later): many rows are multiplied in them, all else
+// is avx512vbmi's.
+//
+// With BYTELANE_AMX_EMULATED (`make test-amx`) the registers are emulated, on top of AVX2's source.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifdef BYTELANE_AMX_EMULATED
+#define BYTELANE_WITHOUT_AVX2_TABLE
+#include "isa_avx2.cpp"
+#else
+#define BYTELANE_WITHOUT_AVX512_TABLE
+#include "isa_avx512vnni.cpp"
+#endif
+
+#include "amx.hpp"
+
+namespace bytelane::cpu {
+namespace {
+
+#ifdef BYTELANE_AMX_EMULATED
+using WithoutTiles = Avx2;
+#else
+using WithoutTiles = Avx512Vnni;
+#endif
+
+struct Avx512Amx : WithoutTiles {
+    using Matrix = MatrixTile<WithoutTiles::Tile>;
+    static constexpr int most_quad_rows = 16;
+    static constexpr int most_spread_rows = 16;
+};
+
+#ifdef BYTELANE_AMX_EMULATED
+bool supported() { return avx2_kernels.supported(); }
+const Kernels& kOthers = avx2_kernels;
+#else
+// A process has to ask the system for the registers, once, for all its threads.
+bool supported() {
+    constexpr int request = 0x1023 /* ARCH_REQ_XCOMP_PERM */, tile_data = 18;
+    return avx512vbmi_kernels.supported() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+const Kernels& kOthers = avx512vbmi_kernels;
+#endif
+
+Kernels with_tiles() {
+    Kernels kernels = kOthers;
+    kernels.name = "avx512amx";
+    kernels.supported = supported;
+    kernels.matmul = matmul<Avx512Amx>;
+    kernels.peak_dots = peak_dots<Avx512Amx>;
+    return kernels;
+}
+
+}  // namespace
+
+const Kernels avx512amx_kernels = with_tiles();
+
+}  // namespace bytelane::cpu
