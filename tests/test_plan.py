@@ -114,7 +114,7 @@ def test_plans_of_two_channels(m: int, blocking: str) -> None:
         ("avx2", 8, "2 channels x 4 rows a tile, codes spread in registers"),
         ("avx2", 9, "panels of 64 channels"),
         ("avx512amx", 16, "4 channels x 6 rows a tile, codes spread in registers"),
-        ("avx512amx", 17, "panels of 64 channels, spread to bytes and transposed once for all rows, multiplied in tile"),
+        ("avx512amx", 17, "panels of 64 channels, spread to bytes and transposed once for all rows, multi"),
         ("avx512vbmi", 64, "4 channels x 6 rows a tile, codes spread in registers"),
         ("portable", 2, "64 channels x 2 rows a tile, codes spread to bytes on the way"),
     ],

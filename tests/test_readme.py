@@ -89,7 +89,7 @@ def test_the_figures_name_machine_releases_date_and_commit(script: Any) -> None:
         "results": {"bytelane": rates, "llama.cpp": rates},
         "ratios": {"prefill": 1.0, "decode": 1.0},
     }
-    assert "| bytelane | 1.0 MB | 100 | 12.3 |" in script.figures(more)
+    assert "| bytelane | 1.0 MB | 100 | 12.3 |" in script.figures([more])
 
 
 def test_only_what_stands_between_the_markers_is_replaced(script: Any) -> None:
