@@ -17,7 +17,7 @@ from interpreted import DEVICE, GPU, INTERPRETED
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bytelane.kernels import cuda
-from bytelane.kernels.triton_configs import RowsTile
+from bytelane.kernels.triton_configs import TABLE, RowsTile, linear_tile, straight
 from bytelane.kernels.triton_launch import Launch
 from bytelane.kernels.triton_rows import rows_linear
 from test_triton import activations, check_linear, generator, random_layer, rows_of, tensor
@@ -185,3 +185,12 @@ def test_what_the_kernel_says(monkeypatch, bits, name):
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for (m, n, k), dtype in zip(((3, 37, 1600), (16, 70, 448), (9, 64, 1024)), dtypes, strict=True):
         check_sides(rng, bits, TILES[name], activations(rng, m, k, dtype), n)
+
+
+def test_only_devices_of_its_own_table_take_it():
+    problem = (16, 12288, 1536, 4, 0)
+    assert straight(*problem[:1], *problem[2:])
+    assert any(isinstance(row.tile, RowsTile) for row in TABLE["sm90"])
+    assert isinstance(linear_tile("sm90", *problem), RowsTile)
+    for other in ("sm80", "sm100", "cpu"):
+        assert not isinstance(linear_tile(other, *problem), RowsTile)

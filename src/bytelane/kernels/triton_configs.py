@@ -145,11 +145,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, DecodeTile(16, 128, 4), bits=8),
         Row(4, FusedTile(64, 128, 1, 4, 5)),
         # two: quantizing long rows in every program costs more than a launch
+        Row(16, RowsTile(64, 4, 3, ask=True), bits=4, out_features=NARROW, least_in=8192, programs=192),
+        Row(16, RowsTile(64, 4, 6), bits=8, out_features=NARROW, least_in=8192, programs=192),
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
         Row(16, FusedTile(16, 256, 4, 4, 4), out_features=NARROW),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2, least_in=4096),
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), bits=2, least_in=2560),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2),
+        # one, the weight's bytes straight into operands, of rows that a program quantizes whole
+        Row(16, RowsTile(128, 8, 6), bits=4, least_in=2560, most_in=4096),
+        Row(16, RowsTile(128, 8, 4), bits=4, most_in=4096),
+        Row(16, RowsTile(64, 4, 8), bits=8, most_in=4095),
         Row(16, FusedTile(128, 128, 1, 4, 5)),
         Row(32, CodesTile(64, 32, 128, 8, 4, 4), programs=132),
         Row(64, CodesTile(64, 64, 128, 8, 4, 3), bits=2, programs=132),
