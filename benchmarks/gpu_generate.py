@@ -85,7 +85,7 @@ CANDIDATES: dict[str, Callable[[Path], PreTrainedModel]] = {
 
 
 OURS = re.compile(
-    "decode_linear|fused_linear|codes_linear|quantize_planes|weight_only_linear|digits_linear|gather_rows|norm_rows"
+    "decode_linear|rows_linear|fused_linear|codes_linear|quantize_planes|weight_only_linear|digits_linear|gather_rows|norm_rows"
     "|requantize_rows|step_heads|gate_row|join_row"
 )
 ATTENTION = re.compile("fmha|flash|attention|softmax|attend_", re.IGNORECASE)

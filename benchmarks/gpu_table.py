@@ -151,7 +151,7 @@ def figures(
     parts = [
         f"Measured on {limits_text(linear)}.",
         "A star marks a tile chosen by a sweep (`python benchmarks/gpu_tune.py`, "
-        f"{' and '.join(sorted({r.get('date', sweep['date']) for r in sweep['results']}))}, another machine with",
+        f"{', '.join(sorted({r.get('date', sweep['date']) for r in sweep['results']}))}, another machine with",
         "the same card) and its time there, in shorter graphs, beside the limit of this run:",
         "",
         alone(tuned(linear, sweep), ROWS),

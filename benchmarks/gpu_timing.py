@@ -108,5 +108,6 @@ def tile_record(tile: configs.Tile) -> dict[str, Any]:
 
 def recorded_tile(record: dict[str, Any]) -> configs.Tile:
     """The tile of a record."""
-    kinds = {kind.__name__: kind for kind in (configs.DecodeTile, configs.FusedTile, configs.CodesTile)}
+    tiles = (configs.DecodeTile, configs.FusedTile, configs.CodesTile, configs.RowsTile)
+    kinds = {kind.__name__: kind for kind in tiles}
     return kinds[record["kind"]](**{name: value for name, value in record.items() if name != "kind"})

@@ -29,11 +29,13 @@ from bytelane.kernels.triton_configs import (
     CodesTile,
     DecodeTile,
     FusedTile,
+    RowsTile,
     Tile,
     decodable,
     last_wave_parts,
     linear_tile,
     power_of_two,
+    straight,
 )
 from bytelane.scheme import row_bytes
 from gpu_linear import environment
@@ -58,6 +60,14 @@ def fused_candidates(bits: int, rows: int, out_features: int, in_features: int) 
     wide = [FusedTile(64, 128, 1, 4, 5), FusedTile(64, 256, 1, 4, 3), FusedTile(64, 128, 1, 4, 3)]
     split = [FusedTile(16, 512, 4, 4, 4), FusedTile(16, 1024, 8, 8, 4), FusedTile(32, 512, 8, 8, 3)]
     return list(dict.fromkeys([table, *(split if out_features < 4096 else wide)]))
+
+
+def rows_candidates(out_features: int) -> list[Tile]:
+    """Depths of what is on its way; long rows in parts. Beginning early is not always better."""
+    if out_features < 4096:
+        return [RowsTile(64, 4, 3, 8, ask=True), RowsTile(64, 4, 6, 8), RowsTile(64, 4, 4, 6, ask=True)]
+    depths = (RowsTile(128, 8, 4), RowsTile(128, 8, 6), RowsTile(64, 4, 8))
+    return [dataclasses.replace(tile, early=early) for tile in depths for early in (True, False)]
 
 
 def codes_candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
@@ -107,6 +117,8 @@ def large_candidates(bits: int, rows: int, out_features: int) -> list[Tile]:
 
 def candidates(bits: int, rows: int, out_features: int, in_features: int) -> list[Tile]:
     fused = fused_candidates(bits, rows, out_features, in_features) if rows <= cuda.FUSED_ROWS else []
+    if rows > 1 and straight(rows, in_features, bits, 0):
+        fused += rows_candidates(out_features)
     if decodable(rows, in_features, bits, 0):
         return [*decode_candidates(bits, rows, out_features, in_features), *fused]
     return fused + (codes_candidates(bits, rows, out_features, in_features) if rows > 4 else [])

@@ -21,7 +21,7 @@ from triton.runtime import driver
 
 from bytelane.kernels import cuda
 from bytelane.kernels.compile_worker import NamedDevice
-from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, Tile
+from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, RowsTile, Tile
 from bytelane.kernels.triton_launch import Launch
 
 pytestmark = pytest.mark.skipif(
@@ -93,6 +93,8 @@ CALLS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "fused": (linear(1, FusedTile(64, 64, 1, 4, 3)), ["fused_linear"]),
     "codes": (linear(20, CodesTile(64, 32, 64, 8, 4, 3)), ["quantize_planes", "codes_linear"]),
     "shared K": (linear(16, CodesTile(64, 16, 32, 8, 4, 3, splits=4), 2), ["quantize_planes", "codes_linear"]),
+    "rows": (linear(16, RowsTile(64, 4, 2, ask=True)), ["rows_linear"]),
+    "rows, shared K": (linear(2, RowsTile(64, 4, 1, splits=2, ask=True), 8), ["quantize_planes", "rows_linear"]),
     "quantize": (lambda: cuda.quantize(torch.randn(100).bfloat16(), torch.tensor(0.1)), ["quantize_planes"]),
     "weight only": (
         lambda: cuda.linear_weight_only(*operands(128, 512, 4, 2)[:3], None, None, 4),
@@ -143,7 +145,7 @@ def test_unaligned_tensors_get_code_of_their_own(recorder: Recorder) -> None:
     assert aligned[5] != unaligned[5]
 
 
-@pytest.mark.parametrize("name", ["decode", "fused", "codes", "shared K"])
+@pytest.mark.parametrize("name", ["decode", "fused", "codes", "shared K", "rows", "rows, shared K"])
 def test_launches_that_overlap_the_one_before_compile(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

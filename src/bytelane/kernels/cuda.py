@@ -20,7 +20,7 @@ from torch import Tensor
 from bytelane.kernels import triton_configs as configs
 from bytelane.kernels.cuda_weight_only import linear_weight_only
 from bytelane.kernels.triton_codes import code_shift, planes
-from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, Tile, power_of_two
+from bytelane.kernels.triton_configs import CodesTile, DecodeTile, FusedTile, RowsTile, Tile, power_of_two
 from bytelane.kernels.triton_decode import decode_linear
 from bytelane.kernels.triton_launch import (
     ALIGNED,
@@ -34,6 +34,7 @@ from bytelane.kernels.triton_launch import (
 )
 from bytelane.kernels.triton_linear import codes_linear, fused_linear, quantize_planes
 from bytelane.kernels.triton_pointwise import gather_rows, requantize_rows
+from bytelane.kernels.triton_rows import CHUNK, rows_linear
 
 __all__ = [
     "FUSED_ROWS",
@@ -148,9 +149,11 @@ def _fused_launch(
 
 
 @functools.lru_cache(maxsize=4096)
-def _planes_launch(m: int, k: int, per: int, stride: int, tiles: int, are_codes: bool, overlapping: bool) -> Launch:
+def _planes_launch(
+    m: int, k: int, per: int, stride: int, tiles: int, are_codes: bool, overlapping: bool, early: bool = False
+) -> Launch:
     blocks = min(power_of_two(stride), 1024 // per)
-    constants = {"PLANES": per, "BLOCKS": blocks, "CODES": are_codes, "PDL": overlapping}
+    constants = {"PLANES": per, "BLOCKS": blocks, "CODES": are_codes, "PDL": overlapping, "EARLY": early}
     return Launch(
         quantize_planes, (m, triton.cdiv(stride, blocks)), (tiles, k, stride), constants, overlaps=overlapping
     )
@@ -217,6 +220,66 @@ def _codes(x: Tensor, layer: _Layer, y: Tensor, m: int, form: Layout, tile: Code
     plan.multiply(q, *tensors, y, parts, arrived)
 
 
+class _RowsPlan(NamedTuple):
+    """The launches of a layer with a few rows, one or two, and the scratch of the two, in elements."""
+
+    quantize: Launch | None
+    multiply: Launch
+    codes: int
+    tiles: int
+    parts: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_plan(form: Layout, m: int, tile: RowsTile, outputs: int, has_bias: bool, overlapping: bool) -> _RowsPlan:
+    n, k, bits, row_bytes, *_ = form
+    steps = triton.cdiv(triton.cdiv(row_bytes, CHUNK), tile.splits)
+    splits = triton.cdiv(row_bytes, CHUNK * steps)
+    depth, stride = min(tile.depth, steps), CHUNK * steps * splits
+    tiles = triton.cdiv(n, tile.bn)
+    bm = max(power_of_two(m), 8)
+    whole = stride == row_bytes
+    # what of each part of a row to ask for, beyond the chunks that are loaded at once
+    wanted = min((steps - depth) * CHUNK, PREFETCH_BYTES // (n * splits) - depth * CHUNK) // ALIGNED
+    pieces = 0
+    if tile.ask and overlapping and whole and wanted > 0:
+        pieces = min(max(32 * tile.warps // tile.bn, 1), power_of_two(wanted + 1) // 2)
+    constants = {
+        **_layer_constants(bits, k, outputs, has_bias),
+        "WHOLE": whole,
+        "CODES": splits > 1,
+        "STEPS": steps,
+        "SPLITS": splits,
+        "DEPTH": depth,
+        "BN": tile.bn,
+        "BM": bm,
+        "PDL": overlapping,
+        "EARLY": overlapping and tile.early,
+        "PIECES": pieces,
+    }
+    numbers = (m, n, k, row_bytes, stride, wanted // pieces * ALIGNED if pieces else 0)
+    multiply = Launch(rows_linear, (tiles, splits), numbers, constants, tile.warps, overlaps=overlapping)
+    if splits == 1:
+        return _RowsPlan(None, multiply, 0, 0, 0)
+    per = planes(bits)
+    quantize = _planes_launch(m, k, per, stride, tiles, False, overlapping, overlapping and tile.early)
+    return _RowsPlan(quantize, multiply, m * per * stride, tiles, tiles * splits * tile.bn * bm)
+
+
+def _rows(x: Tensor, layer: _Layer, y: Tensor, m: int, form: Layout, tile: RowsTile) -> None:
+    plan = _rows_plan(form, m, tile, layer.outputs, layer.bias is not None, overlaps(x.device))
+    tensors = layer.tensors
+    if plan.quantize is None:
+        # activations are read 4 bytes at a time and more
+        plan.multiply(x.clone() if x.data_ptr() % ALIGNED else x, *tensors, y, y, y)
+        return
+    arrived = torch.empty(plan.tiles, dtype=torch.int32, device=x.device)
+    parts = torch.empty(plan.parts, dtype=torch.int32, device=x.device)
+    q = torch.empty(plan.codes, dtype=torch.int8, device=x.device)
+    plan.quantize(x, tensors[2], q, arrived)
+    plan.multiply(q, *tensors, y, parts, arrived)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -263,10 +326,15 @@ def linear(
     layer = _Layer(weight, weight_scale, input_scale, output_scale, bias)
     aligned = weight.data_ptr() % ALIGNED == 0
     if tile is None:
-        launches = launches or int(m <= configs.DECODE_ROWS and not aligned)
+        launches = launches or int(m <= FUSED_ROWS and not aligned)
         tile = configs.linear_tile(device_class(x.device), m, n, k, num_bits, group_size, launches, x.itemsize)
     if isinstance(tile, CodesTile):
         _codes(x, layer, y, m, form, tile)
+        return y
+    if isinstance(tile, RowsTile):
+        if not (aligned and configs.straight(m, k, num_bits, group_size)):
+            raise ValueError(f"no words of 16 bytes: {m} rows, {k} inputs of {num_bits} bits, groups of {group_size}")
+        _rows(x, layer, y, m, form, tile)
         return y
     overlapping = tile.pdl and overlaps(x.device)
     if isinstance(tile, DecodeTile):

@@ -1,10 +1,11 @@
 """Tile shapes of the Triton kernels: one readable table by device class, and a rule for everything else.
 
 A configuration never changes a bit of an integer layer, only its time. The rows follow sweeps of
-`benchmarks/gpu_tune.py` on the device they name (benchmarks/results/gpu_tune_h100.json is one), but for 8 bits at 5 to
-256 rows, and 4 bits from 1024 rows on but 4096 x 14336, which are carried over from their neighbours. Other devices
-take the same rows with at most three stages, which fit their smaller shared memory. Configurations are few on purpose:
-each is one compilation of a second or two, kept in Triton's cache on disk.
+`benchmarks/gpu_tune.py` on the device they name (benchmarks/results/gpu_tune_h100.json is one), but these, which are
+carried over from their neighbours: 5 to 15 rows, 8 bits at 17 to 256 rows, and 4 bits from 1024 rows on but 4096 x
+14336. Other devices take the same rows without the `RowsTile`s, with at most three stages, which fit their smaller
+shared memory. Configurations are few on purpose: each is one compilation of a second or two (of a `RowsTile`, one for
+each K), kept in Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -61,7 +62,23 @@ class CodesTile:
     wave: int = 0
 
 
-Tile = DecodeTile | FusedTile | CodesTile
+@dataclass(frozen=True)
+class RowsTile:
+    """Of `rows_linear`: output channels, warps, chunks of a row on their way at a time, parts of K.
+
+    `ask` says whether the rest of each row is asked for at once, into the second-level cache; `early` whether the
+    launch after may begin before this one has what it waits for.
+    """
+
+    bn: int
+    warps: int
+    depth: int
+    splits: int = 1
+    ask: bool = False
+    early: bool = True
+
+
+Tile = DecodeTile | FusedTile | CodesTile | RowsTile
 
 DECODE_ROWS = 4
 """The most rows of `decode_linear`: byte dots cost one instruction for each row, four codes and channel."""
@@ -82,7 +99,9 @@ class Row:
         bits: the width; None for any of 2, 4 and 8.
         out_features: the most output channels (N).
         least_in: the fewest inputs (K).
-        programs: with a `CodesTile`, K is split until there are about so many programs; 0 for no splitting.
+        most_in: the most.
+        programs: with a `CodesTile` or a `RowsTile`, K is split until there are about so many programs; 0 for no
+            splitting.
     """
 
     rows: int
@@ -90,6 +109,7 @@ class Row:
     bits: int | None = None
     out_features: int = 1 << 40
     least_in: int = 0
+    most_in: int = 1 << 40
     programs: int = 0
 
 
@@ -125,11 +145,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, DecodeTile(16, 128, 4), bits=8),
         Row(4, FusedTile(64, 128, 1, 4, 5)),
         # two: quantizing long rows in every program costs more than a launch
+        Row(16, RowsTile(64, 4, 3, ask=True), bits=4, out_features=NARROW, least_in=8192, programs=192),
+        Row(16, RowsTile(64, 4, 6), bits=8, out_features=NARROW, least_in=8192, programs=192),
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), out_features=NARROW, least_in=4096, programs=132),
         Row(16, FusedTile(16, 256, 4, 4, 4), out_features=NARROW),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2, least_in=4096),
         Row(16, CodesTile(64, 16, 128, 8, 4, 4), bits=2, least_in=2560),
         Row(16, FusedTile(128, 128, 1, 4, 3), bits=2),
+        # one, the weight's bytes straight into operands, of rows that a program quantizes whole
+        Row(16, RowsTile(128, 8, 6), bits=4, least_in=2560, most_in=4096),
+        Row(16, RowsTile(128, 8, 4), bits=4, most_in=4096),
+        Row(16, RowsTile(64, 4, 8), bits=8, most_in=4095),
         Row(16, FusedTile(128, 128, 1, 4, 5)),
         Row(32, CodesTile(64, 32, 128, 8, 4, 4), programs=132),
         Row(64, CodesTile(64, 64, 128, 8, 4, 3), bits=2, programs=132),
@@ -153,6 +179,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(ANY, CodesTile(128, 128, 128, 8, 8, 3)),
     ),
 }
+
+PART = 4096
+"""The most inputs of a program of `rows_linear`, which holds their codes in shared memory: 64 KiB of 16 rows."""
 
 OTHERS = "sm90"
 """Whose rows a device class without its own takes."""
@@ -202,6 +231,9 @@ def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: 
         # a short row takes fewer warps, so that every thread still loads 16 bytes of it
         bw = max(min(tile.bw, power_of_two(words)), 128)
         return dataclasses.replace(tile, bw=bw, warps=max(tile.warps * bw // tile.bw, 1))
+    if isinstance(tile, RowsTile):
+        parts = min(row.programs // -(-out_features // tile.bn), 16)
+        return dataclasses.replace(tile, splits=max(parts, -(-in_features // PART)))
     least = 32 * tile.split if isinstance(tile, FusedTile) else 32
     dividing = blocks & -blocks
     bb = min(tile.bb, dividing) if dividing >= 2 * least else tile.bb
@@ -212,16 +244,22 @@ def _fitted(row: Row, rows: int, out_features: int, in_features: int, num_bits: 
     return dataclasses.replace(tile, bb=bb, splits=max(1, min(wanted, blocks // (4 * bb))))
 
 
-def decodable(rows: int, in_features: int, num_bits: int, group_size: int) -> bool:
-    """Whether `decode_linear` takes a layer: few rows, whole bytes, one scale per channel, rows of whole 16 bytes."""
+def _whole_words(in_features: int, num_bits: int, group_size: int) -> bool:
+    """Whole bytes, one scale per channel, rows of whole 16 bytes, and sums of scaled codes that fit int32."""
     channels = group_size in (0, in_features)
     return (
-        0 < rows <= DECODE_ROWS
-        and 8 % num_bits == 0
-        and channels
-        and 0 < in_features <= MAX_SCALED_FEATURES
-        and in_features * num_bits % 128 == 0
+        8 % num_bits == 0 and channels and 0 < in_features <= MAX_SCALED_FEATURES and in_features * num_bits % 128 == 0
     )
+
+
+def decodable(rows: int, in_features: int, num_bits: int, group_size: int) -> bool:
+    """Whether `decode_linear` takes a layer: few rows, whole bytes, one scale per channel, rows of whole 16 bytes."""
+    return 0 < rows <= DECODE_ROWS and _whole_words(in_features, num_bits, group_size)
+
+
+def straight(rows: int, in_features: int, num_bits: int, group_size: int) -> bool:
+    """Whether `rows_linear` takes a layer: as `decode_linear`, but for the rows."""
+    return 0 < rows <= 16 and _whole_words(in_features, num_bits, group_size)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -257,6 +295,8 @@ def linear_tile(
         kind: tuple[type[Tile], ...] = {0: (FusedTile, CodesTile), 1: (FusedTile,), 2: (CodesTile,)}[launches]
         if launches == 0 and decodable(rows, in_features, num_bits, group_size):
             kind = (DecodeTile, *kind)
+        if launches == 0 and device in TABLE and straight(rows, in_features, num_bits, group_size):
+            kind = (RowsTile, *kind)
         found = next(
             row
             for row in TABLE.get(device, TABLE[OTHERS])
@@ -264,11 +304,11 @@ def linear_tile(
             and rows <= row.rows
             and row.bits in (None, num_bits)
             and out_features <= row.out_features
-            and in_features >= row.least_in
+            and row.least_in <= in_features <= row.most_in
         )
         tile = _fitted(found, rows, out_features, in_features, num_bits)
     if isinstance(tile, FusedTile):
         return _within(tile, rows, num_bits, itemsize, SHARED_BYTES.get(device, 90 << 10))
-    if isinstance(tile, DecodeTile):
+    if isinstance(tile, DecodeTile | RowsTile):
         return tile
     return tile if device in TABLE else dataclasses.replace(tile, stages=min(tile.stages, 3))

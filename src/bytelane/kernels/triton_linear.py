@@ -308,18 +308,22 @@ def quantize_planes(
     BLOCKS: tl.constexpr,
     CODES: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Floats `[M, K]` to codes `[M, PLANES, plane_stride]`: code k at `[k % PLANES, k // PLANES]`, zero past K.
 
     With one plane and a stride of K this is plain quantization; with CODES, `x` is codes already and only put in
     planes. A program writes BLOCKS codes of each plane of a row; the first also sets the counts of `tiles` tiles, for
-    the launch that follows, to zero.
+    the launch that follows, to zero. EARLY lets that launch begin, up to where it waits, before this one has `x`.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCKS
+    if EARLY:
+        gdc_launch_dependents()
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     k = first * PLANES + tl.arange(0, BLOCKS * PLANES)
     values = tl.load(x + row * in_features + k, mask=k < in_features, other=0)
     if not CODES:
