@@ -30,30 +30,22 @@ struct Avx512Amx : WithoutTiles {
     static constexpr int most_spread_rows = 16;
 };
 
-#ifdef BYTELANE_AMX_EMULATED
-bool supported() { return avx2_kernels.supported(); }
-const Kernels& kOthers = avx2_kernels;
-#else
-// A process has to ask the system for the registers, once, for all its threads.
-bool supported() {
-    constexpr int request = 0x1023 /* ARCH_REQ_XCOMP_PERM */, tile_data = 18;
-    return avx512vbmi_kernels.supported() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           syscall(SYS_arch_prctl, request, tile_data) == 0;
-}
-const Kernels& kOthers = avx512vbmi_kernels;
-#endif
-
-Kernels with_tiles() {
-    Kernels kernels = kOthers;
-    kernels.name = "avx512amx";
-    kernels.supported = supported;
-    kernels.matmul = matmul<Avx512Amx>;
-    kernels.peak_dots = peak_dots<Avx512Amx>;
-    return kernels;
-}
-
 }  // namespace
 
-const Kernels avx512amx_kernels = with_tiles();
+// A process has to ask the system for the registers, once, for all its threads.
+bool amx_supported() {
+#ifdef BYTELANE_AMX_EMULATED
+    return true;
+#else
+    constexpr int request = 0x1023 /* ARCH_REQ_XCOMP_PERM */, tile_data = 18;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, request, tile_data) == 0;
+#endif
+}
+
+void amx_matmul(const Matmul& args) { matmul<Avx512Amx>(args); }
+
+std::int64_t amx_peak_dots(const PeakDots& args) { return peak_dots<Avx512Amx>(args); }
 
 }  // namespace bytelane::cpu

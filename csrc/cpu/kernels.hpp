@@ -236,12 +236,18 @@ struct Kernels {
     std::uint64_t (*read_all)(const ReadAll&);
 };
 
-extern const Kernels avx512amx_kernels;
 extern const Kernels avx512vbmi_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const Kernels avxvnni_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels dotprod_kernels;
 extern const Kernels portable_kernels;
+
+// What isa_avx512amx.cpp has of its own; table.hpp makes a table of it and avx512vbmi's. Nothing of that object may run
+// before `amx_supported`, and a table that copies another one would be made by its own instructions as the library is
+// loaded.
+bool amx_supported();
+void amx_matmul(const Matmul& args);
+std::int64_t amx_peak_dots(const PeakDots& args);
 
 }  // namespace bytelane::cpu

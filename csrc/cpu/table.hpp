@@ -5,6 +5,22 @@
 
 namespace bytelane::cpu {
 
+#ifdef BYTELANE_AMX
+#ifdef BYTELANE_AMX_EMULATED
+inline const Kernels& kWithoutTiles = avx2_kernels;
+#else
+inline const Kernels& kWithoutTiles = avx512vbmi_kernels;
+#endif
+inline const Kernels avx512amx_kernels = [] {
+    Kernels kernels = kWithoutTiles;
+    kernels.name = "avx512amx";
+    kernels.supported = [] { return kWithoutTiles.supported() && amx_supported(); };
+    kernels.matmul = amx_matmul;
+    kernels.peak_dots = amx_peak_dots;
+    return kernels;
+}();
+#endif
+
 constexpr const Kernels* kTable[] = {
 #ifdef BYTELANE_X86
 #ifdef BYTELANE_AMX
