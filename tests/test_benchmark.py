@@ -139,6 +139,16 @@ def test_a_vllm_process_that_ends_is_an_error_and_not_a_result() -> None:
             peers.make("vllm", layer, torch.zeros(1, 64, dtype=torch.bfloat16), pool)
 
 
+def test_a_vllm_whose_build_has_no_int4_matmul_is_left_out(tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\nwhile read request; do echo no; done\n")
+    stand_in.chmod(0o755)
+    layer, pool = Layer(64, 32, 1, 4), torch.zeros(1 << 20, dtype=torch.uint8)
+    with Peers(("vllm",), stand_in) as peers:
+        assert peers.make("vllm", layer, torch.zeros(1, 64, dtype=torch.bfloat16), pool) is None
+    assert peers.skipped == {"vllm at 4 bits": "its build for this CPU has no int4 matmul"}
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "onednn", "xnnpack", "onnxruntime", "emulation"])
 def test_peers_that_are_installed_run_and_rotate(name: str) -> None:
     layer, pool = Layer(256, 128, 2, 8), torch.zeros(1 << 20, dtype=torch.uint8)

@@ -24,11 +24,9 @@ using WithoutTiles = Avx2;
 using WithoutTiles = Avx512Vnni;
 #endif
 
-struct Avx512Amx : WithoutTiles {
-    using Matrix = MatrixTile<WithoutTiles::Tile>;
-    static constexpr int most_quad_rows = 16;
-    static constexpr int most_spread_rows = 16;
-};
+using Matrix = MatrixTile<WithoutTiles::Tile>;
+
+constexpr std::int64_t kMostOtherRows = 16;  // rows that are as fast without tile registers
 
 }  // namespace
 
@@ -44,8 +42,11 @@ bool amx_supported() {
 #endif
 }
 
-void amx_matmul(const Matmul& args) { matmul<Avx512Amx>(args); }
+void amx_matmul(const Matmul& args, const Kernels& others) {
+    if (args.group_size > 0 || args.m <= kMostOtherRows || args.n == 0) return others.matmul(args);
+    PanelDriver<WithoutTiles, Matrix>(args).run();
+}
 
-std::int64_t amx_peak_dots(const PeakDots& args) { return peak_dots<Avx512Amx>(args); }
+std::int64_t amx_peak_dots(const PeakDots& args) { return peak_blocks<Matrix>(args); }
 
 }  // namespace bytelane::cpu

@@ -247,7 +247,7 @@ extern const Kernels portable_kernels;
 // before `amx_supported`, and a table that copies another one would be made by its own instructions as the library is
 // loaded.
 bool amx_supported();
-void amx_matmul(const Matmul& args);
+void amx_matmul(const Matmul& args, const Kernels& others);
 std::int64_t amx_peak_dots(const PeakDots& args);
 
 }  // namespace bytelane::cpu

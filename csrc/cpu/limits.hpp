@@ -81,7 +81,6 @@ std::int64_t peak_blocks(const PeakDots& args) {
 
 template <class Isa>
 std::int64_t peak_dots(const PeakDots& args) {
-    if constexpr (requires { typename Isa::Matrix; }) return peak_blocks<typename Isa::Matrix>(args);
     if (args.bits == 8) return peak_dots_of<Isa, typename Isa::Tile8>(args);
     return peak_dots_of<Isa, typename Isa::Tile>(args);
 }

@@ -317,9 +317,6 @@ void matmul(const Matmul& args) {
         }
     }
     if (panels) {
-        if constexpr (requires { typename Isa::Matrix; }) {
-            if (args.group_size == 0) return PanelDriver<Isa, typename Isa::Matrix>(args).run();
-        }
         if (args.bits == 8) return PanelDriver<Isa, typename Isa::Tile8>(args).run();
         return PanelDriver<Isa, typename Isa::Tile>(args).run();
     }

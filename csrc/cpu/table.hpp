@@ -15,7 +15,7 @@ inline const Kernels avx512amx_kernels = [] {
     Kernels kernels = kWithoutTiles;
     kernels.name = "avx512amx";
     kernels.supported = [] { return kWithoutTiles.supported() && amx_supported(); };
-    kernels.matmul = amx_matmul;
+    kernels.matmul = [](const Matmul& args) { amx_matmul(args, kWithoutTiles); };
     kernels.peak_dots = amx_peak_dots;
     return kernels;
 }();

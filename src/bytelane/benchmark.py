@@ -68,6 +68,7 @@ class Result:
     kernel: str
     seconds: float
     bandwidth: float
+    dot_rate: float
     limit_seconds: float
     bound: str
     peers: dict[str, float]
@@ -77,6 +78,10 @@ class Result:
     def of_limit(self) -> float:
         """The share of the limit that is reached, 1 at best."""
         return self.limit_seconds / self.seconds
+
+
+DOT_REPEATS = 20000
+"""Of the widest tile's 64 steps: some five milliseconds."""
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -101,7 +106,7 @@ def dot_rate(isa: str, num_bits: int, *, repeats: int = 9) -> float:
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()
-        done = cpu.peak_dots(num_bits, 4000, isa=isa)
+        done = cpu.peak_dots(num_bits, DOT_REPEATS, isa=isa)
         rates.append(done / (time.perf_counter() - start))
     return max(rates)
 
@@ -191,7 +196,7 @@ def run_layer(
         n: out_features.
         m: rows of activations, bfloat16.
         bits: widths.
-        limits: of this run; the bandwidth is measured again here.
+        limits: of this run, at their best; what a layer is held to is measured again here, in its own rounds.
         group_size: inputs in a group; 0 for one scale per channel.
         seconds: the budget of the rounds, see `measure`.
         most: rounds at most.
@@ -203,9 +208,11 @@ def run_layer(
     s_in, s_out = torch.tensor(0.02), torch.tensor(0.05)
     reads = rotate(pool, READ_BYTES)
     calls: dict[str, Timed] = {"read": timed(lambda: cpu.read_all(next(reads), isa=limits.isa))}
-    kernels = {}
+    kernels, dots = {}, {}
     with torch.inference_mode():
         for b in bits:
+            dots[b] = cpu.peak_dots(b, DOT_REPEATS, isa=limits.isa)
+            calls[f"dot{b}"] = timed(lambda b=b: cpu.peak_dots(b, DOT_REPEATS, isa=limits.isa))  # type: ignore[misc]
             layer = Layer(k, n, m, b, group_size)
             kernel = select("linear", "cpu", x.dtype, b, group_size, m)
             kernels[b] = kernel.name
@@ -221,7 +228,8 @@ def run_layer(
     for b in bits:
         own = times[f"w{b}"]
         read = Layer(k, n, m, b, group_size).read_bytes / bandwidth
-        dot = m * n * k / limits.dot_rate[b]
+        dot_rate = dots[b] / median(times[f"dot{b}"])
+        dot = m * n * k / dot_rate
         beside = {name: times[_key(name, b)] for name in peers.wanted if _key(name, b) in times}
         results.append(
             Result(
@@ -233,6 +241,7 @@ def run_layer(
                 kernels[b],
                 median(own),
                 bandwidth,
+                dot_rate,
                 max(read, dot),
                 "read" if read > dot else "dot",
                 {name: median(t) for name, t in beside.items()},

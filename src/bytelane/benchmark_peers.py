@@ -166,7 +166,8 @@ class Peers:
             script = Path(__file__).with_name("benchmark_vllm.py")
             command = [str(self._vllm_python), str(script), str(torch.get_num_threads())]
             self._vllm = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self._ask("ready")
+        if self._ask("ready") == "no":
+            raise Skipped("its build for this CPU has no int4 matmul")
         self._ask(f"make {layer.k} {layer.n} {layer.m} {copies(layer.weight_bytes, layer.m)}")
         return lambda: float(self._ask("run"))
 

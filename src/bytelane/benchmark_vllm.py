@@ -2,9 +2,9 @@
 
     python benchmark_vllm.py THREADS
 
-It reads requests line by line and answers each with a line: `make K N M COPIES` prepares a 4-bit layer, `run` calls it
-once and answers the seconds. The layer is what vLLM runs for a 4-bit wNa8o8 layer on a CPU: a fake quantization in
-bfloat16, its int4 matmul, another fake quantization.
+It reads requests line by line and answers each with a line: `ready` says whether this processor's build has the int4
+matmul, `make K N M COPIES` prepares a 4-bit layer, `run` calls it once and answers the seconds. The layer is what vLLM
+runs for a 4-bit wNa8o8 layer on a CPU: a fake quantization in bfloat16, its int4 matmul, another fake quantization.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ def main() -> None:
     with torch.inference_mode():
         for line in sys.stdin:
             request, *numbers = line.split()
+            if request == "ready":
+                print("yes" if hasattr(torch.ops._C, "cpu_gemm_wna16") else "no", flush=True)
+                continue
             if request == "make":
                 call = make(*map(int, numbers))
                 call()
