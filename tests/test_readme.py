@@ -103,7 +103,6 @@ def test_only_what_stands_between_the_markers_is_replaced(script: Any) -> None:
 
 
 def test_the_readme_says_what_the_results_say(script: Any) -> None:
-
     found = script.measured_files()
     text = script.README.read_text()
     assert script.replace(text, "figures of the CPU", script.figures(found)) == text
