@@ -185,6 +185,16 @@ def test_contenders_take_turns_and_a_slow_one_sits_out() -> None:
     assert fewest == {"slow": [2.0] * benchmark.FEWEST_ROUNDS}
 
 
+def test_short_calls_wake_the_processor_and_are_averaged() -> None:
+    warm, burst = round(benchmark.WARM / 0.001), round(benchmark.BURST / 0.0005)
+    turn = [0.001] * warm + [0.0004, 0.0006] * (burst // 2)
+    took = itertools.cycle(turn)
+    calls = {"short": lambda: next(took)}
+    times = benchmark.measure(calls, 1.0, most=4, pause=0.0)
+    assert times == {"short": [pytest.approx(0.0005)] * 4}
+    assert next(took) == 0.001  # every turn was a whole one
+
+
 def test_every_contender_follows_every_other_one() -> None:
     seen: list[str] = []
     names = ("read", "two", "four", "eight")

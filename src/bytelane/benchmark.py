@@ -8,10 +8,12 @@ enough copies that no cache holds one until its turn comes again. The limit of a
     dot     its multiply-adds over the rate of the widest tile on operands that stay in the first-level cache
 
 Peers that are installed run beside it (benchmark_peers.py), each with threads of its own that go on spinning for some
-milliseconds after a call. So a turn begins with a pause, in which the others' threads fall asleep, and with a call that
-is not timed, which wakes its own: the timed call finds what it finds in the middle of a model. A layer has a budget of
-seconds; a contender that has spent its share of it, and has run a few times, sits out the rounds that remain, so that a
-slow one cannot take them all.
+milliseconds after a call. So a turn begins with a pause, in which the others' threads fall asleep, and with calls that
+are not timed. They wake its own threads, and the processor: after a pause of milliseconds a core was seen to take three
+more before it did at full speed what it had done before, so that a layer's second call took 1.3 times as long as its
+twentieth. The timed calls find what they find in the middle of a model. A layer has a budget of seconds; a contender
+that has spent its share of it, and has run a few times, sits out the rounds that remain, so that a slow one cannot take
+them all.
 """
 
 from __future__ import annotations
@@ -44,6 +46,12 @@ MOST_ROUNDS = 21
 
 PAUSE = 0.012
 """Seconds before a turn. OpenMP's threads were seen to spin for 7 ms in another's turn, which then took as long."""
+
+WARM = 0.005
+"""Seconds of untimed calls, one at least, that a turn begins with."""
+
+BURST = 0.002
+"""Seconds of timed calls, one at least, of a turn; their mean is its result."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +147,14 @@ def measure(
     """Let contenders take turns, in rounds; the order of each round is drawn, the same in every run.
 
     Args:
-        calls: the contenders; a turn is a pause, a call that does not count, and one that does.
+        calls: the contenders; a turn is a pause, calls for `WARM` seconds that do not count, and calls for `BURST` that do.
         budget: seconds for all of them together. A contender that has run `FEWEST_ROUNDS` times and spent its share
             sits out; when none is left, or after `most` rounds, the measurement ends.
         most: rounds at most.
         pause: seconds.
 
     Returns:
-        For each contender its seconds by round; None where it sat out.
+        For each contender the seconds of a call by round, the mean of its turn; None where it sat out.
     """
     share = budget / len(calls)
     spent, times = dict.fromkeys(calls, 0.0), {name: list[float | None]() for name in calls}
@@ -161,10 +169,20 @@ def measure(
                 times[name].append(None)
                 continue
             time.sleep(pause)
-            warm, took = calls[name](), calls[name]()
-            times[name].append(took)
+            warm, _ = _calls(calls[name], WARM)
+            took, count = _calls(calls[name], BURST)
+            times[name].append(took / count)
             spent[name] += pause + warm + took
     return times
+
+
+def _calls(call: Timed, least: float) -> tuple[float, int]:
+    """Make calls until they have taken so many seconds; how long they took, and how many they were."""
+    took, count = 0.0, 0
+    while count == 0 or took < least:
+        took += call()
+        count += 1
+    return took, count
 
 
 def median(times: Sequence[float | None]) -> float:
