@@ -50,6 +50,10 @@ def test_the_rows_of_an_instruction_set_are_those_of_its_source(isa: str) -> Non
     )
     if isa in plan.MOST_SPREAD_ROWS:
         tables += (("most_spread_rows", plan.MOST_SPREAD_ROWS, 0),)
+    if isa == "avx2":
+        tables += (("few_rows", plan.FEW_ROWS, 0), ("few_channels", plan.FEW_CHANNELS, 0))
+    else:
+        assert "few_rows" not in source
     if isa in ("avx2", "avxvnni"):  # the second is the first's source, so it has to say that it does otherwise
         tables += (("group_panel_rows", plan.GROUP_PANEL_ROWS, 0),)
     else:
@@ -102,7 +106,7 @@ def test_plans_without_tall_tiles(m: int, bits: int, blocking: str) -> None:
 
 @pytest.mark.parametrize(
     ("m", "blocking"),
-    [(2, "2 channels x 2 rows"), (5, "2 channels x 3 rows"), (24, "2 channels x 4 rows"), (25, "panels")],
+    [(2, "4 channels x 2 rows"), (3, "2 channels x 3 rows"), (5, "2 channels x 3 rows"), (24, "2 channels x 4 rows"), (25, "panels")],
 )
 def test_plans_of_two_channels(m: int, blocking: str) -> None:
     assert plan.plan_linear(_kernel("avx2", 4, m), 1536, 6144, m, 4, 2).blocking.startswith(blocking)

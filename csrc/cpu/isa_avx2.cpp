@@ -33,6 +33,8 @@ struct Avx2 {
     static constexpr int sums = 4;
     static constexpr int quad_channels = 2;
     static constexpr int quad_rows = 4;
+    static constexpr int few_rows = 2;
+    static constexpr int few_channels = 4;
     static constexpr int most_quad_rows = 24;
     static constexpr int most_spread_rows = 8;
     static constexpr int group_panel_rows = 5;

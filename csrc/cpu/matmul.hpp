@@ -302,17 +302,17 @@ void matmul(const Matmul& args) {
     if (args.group_size == 0 && args.m > 1) {
         if (packed && (!panels || args.m <= Isa::most_quad_rows)) {
             switch (args.bits) {
-                case 2: return QuadDriver<Isa, 2>(args).run();
-                case 4: return QuadDriver<Isa, 4>(args).run();
-                default: return QuadDriver<Isa, 8>(args).run();
+                case 2: return matmul_quads<Isa, 2>(args);
+                case 4: return matmul_quads<Isa, 4>(args);
+                default: return matmul_quads<Isa, 8>(args);
             }
         }
         if constexpr (Isa::spreads_in_registers) {
             switch (packed || args.m > Isa::most_spread_rows ? 0 : args.bits) {
-                case 3: return QuadDriver<Isa, 3>(args).run();
-                case 5: return QuadDriver<Isa, 5>(args).run();
-                case 6: return QuadDriver<Isa, 6>(args).run();
-                case 7: return QuadDriver<Isa, 7>(args).run();
+                case 3: return matmul_quads<Isa, 3>(args);
+                case 5: return matmul_quads<Isa, 5>(args);
+                case 6: return matmul_quads<Isa, 6>(args);
+                case 7: return matmul_quads<Isa, 7>(args);
             }
         }
     }

@@ -1,6 +1,7 @@
 // The driver for some activation rows, from 2 to a few dozen: canonical rows in place, four of them side by side. Where an
 // instruction set's registers hold a tall tile (`quad_rows`), it is the best up to `most_quad_rows` of them; elsewhere as
-// long as a panel is not worth transposing.
+// long as a panel is not worth transposing. Up to `few_rows` activation rows leave registers for more weight rows
+// (`few_channels`), so that a vector of activations meets more of them and a tile is begun and ended less often.
 //
 //     for a block of activation rows          as many as stay in the second-level cache
 //       quantize and arrange them             every thread for itself, or together where that would be dear
@@ -33,7 +34,7 @@
 namespace bytelane::cpu {
 namespace {
 
-constexpr std::int64_t kQuad = 4;  // weight rows side by side, at most
+constexpr std::int64_t kMostQuad = 8;  // weight rows side by side
 constexpr std::int64_t kSerialBytes = 48 << 10;              // less weight than this is not worth waking a thread
 constexpr std::int64_t kPartActivations = 2048;          // bytes of a row's part
 constexpr std::int64_t kQuadActivations = 384 << 10;     // bytes of a block of rows
@@ -53,20 +54,21 @@ constexpr std::uint32_t kTaken = [] {
 // Weight rows from some code on: `bytes` of each are dotted, and nothing is read at or past `end`. `ahead` is where
 // memory was last asked for, `share` bytes of it with every vector.
 struct Quad {
-    const std::uint8_t* row[kQuad];
+    const std::uint8_t* row[kMostQuad];
     const std::uint8_t* end;
     std::int64_t bytes;
     const std::uint8_t* ahead;
     std::int64_t share;
 };
 
-// MR rows of arranged activations against Isa::quad_channels weight rows: acc[m * kPanel + 0 ..] (+)= the dots.
-template <class Isa, int Bits, int MR>
+// MR rows of arranged activations against `Channels` weight rows: acc[m * kPanel + 0 ..] (+)= the dots.
+template <class Isa, int Bits, int Channels, int MR>
 [[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, bool first,
                                 std::int32_t* acc) {
     using L = Layout<Isa, Bits>;
     using Dot = typename L::Dot;
-    constexpr int channels = Isa::quad_channels;
+    constexpr int channels = Channels;
+    static_assert(channels <= kMostQuad && (channels % 4 == 0 || channels == 2));
     typename Dot::Sum sum[MR * channels];
     const auto each = [&](auto&& body) __attribute__((always_inline)) {
         unroll<MR * channels>([&](auto i) __attribute__((always_inline)) { body(sum[i.value]); });
@@ -115,30 +117,38 @@ template <class Isa, int Bits, int MR>
         });
         each([](auto& s) __attribute__((always_inline)) { Dot::flush(s); });
     }
-    // four sums are folded together, whatever rows they are of
+    // four sums are folded together: of four channels, or of two rows' two
     unroll<(MR * channels + 3) / 4>([&](auto four) __attribute__((always_inline)) {
         constexpr int from = four.value * 4, last = MR * channels - 1;
         const auto wide = [&](int i) __attribute__((always_inline)) { return sum[from + i < last ? from + i : last].wide; };
         std::int32_t total[4];
         Isa::total_4(wide(0), wide(1), wide(2), wide(3), total);
-        for (int i = 0; i < 4 && from + i <= last; ++i) {
-            std::int32_t& out = acc[(from + i) / channels * kPanel + (from + i) % channels];
-            const std::uint32_t before = first ? 0 : static_cast<std::uint32_t>(out);
-            out = static_cast<std::int32_t>(before + static_cast<std::uint32_t>(total[i]));
-        }
+        constexpr int width = channels % 4 == 0 ? 4 : 2;
+        unroll<4 / width>([&](auto part) __attribute__((always_inline)) {
+            constexpr int at = from + part.value * width;
+            if constexpr (at <= last) {
+                using Some [[gnu::vector_size(width * 4)]] = std::uint32_t;
+                Some some, before = {};
+                std::int32_t* out = acc + at / channels * kPanel + at % channels;
+                std::memcpy(&some, total + part.value * width, sizeof some);
+                if (!first) std::memcpy(&before, out, sizeof before);
+                some += before;
+                std::memcpy(out, &some, sizeof some);
+            }
+        });
     });
 }
 
-// The same for a number of rows known at run time, at most Isa::quad_rows.
-template <class Isa, int Bits, int MR = Isa::quad_rows, class... Args>
+// The same for a number of rows known at run time, at most MR.
+template <class Isa, int Bits, int Channels, int MR, class... Args>
 void dot_quad_rows(std::int64_t rows, const Args&... args) {
     if constexpr (MR > 1) {
-        if (rows < MR) return dot_quad_rows<Isa, Bits, MR - 1>(rows, args...);
+        if (rows < MR) return dot_quad_rows<Isa, Bits, Channels, MR - 1>(rows, args...);
     }
-    dot_quad<Isa, Bits, MR>(args...);
+    dot_quad<Isa, Bits, Channels, MR>(args...);
 }
 
-template <class Isa, int Bits>
+template <class Isa, int Bits, int Channels, int MostRows>
 class QuadDriver {
     using L = Layout<Isa, Bits>;
 
@@ -148,10 +158,10 @@ class QuadDriver {
         blocks_ = ceil_div(a_.k, L::block_codes);
         parts_ = larger(1, ceil_div(blocks_ * L::block_bytes, kPartActivations));
         part_blocks_ = ceil_div(blocks_, parts_);
-        m_block_ = smaller(a_.m, larger(Isa::quad_rows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
+        m_block_ = smaller(a_.m, larger(MostRows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
         const bool serial = row_bytes_ * a_.n * a_.m < kSerialBytes;
         threads_ = serial ? 1 : static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
-        ahead_ = larger(kAheadBytes, Isa::quad_channels * row_bytes_);
+        ahead_ = larger(kAheadBytes, Channels * row_bytes_);
         own_ = threads_ == 1 || a_.n >= kOwnChannels * threads_;
     }
 
@@ -224,7 +234,7 @@ class QuadDriver {
         const std::uint8_t* ahead = a_.w + begin * row_bytes_ + ahead_;
         for (std::int64_t n0 = begin; n0 < end; n0 += kPanel) {
             const std::int64_t count = smaller(kPanel, end - n0);
-            for (std::int64_t n = 0; n < count; n += Isa::quad_channels) ahead = run_quad(q, n0 + n, ahead, acc + n);
+            for (std::int64_t n = 0; n < count; n += Channels) ahead = run_quad(q, n0 + n, ahead, acc + n);
             finish(q, n0, count, scales, acc);
         }
     }
@@ -232,13 +242,13 @@ class QuadDriver {
     // Those past the last channel repeat it.
     const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead,
                                  std::int32_t* acc) const {
-        const std::int64_t tiles = ceil_div(q.rows, Isa::quad_rows);
+        const std::int64_t tiles = ceil_div(q.rows, MostRows);
         Quad quad;
         quad.end = a_.w + a_.n * row_bytes_;
         for (std::int64_t part = 0; part < parts_; ++part) {
             const std::int64_t first = part * part_blocks_, blocks = blocks_of(part);
             if (blocks <= 0) break;
-            for (std::int64_t r = 0; r < Isa::quad_channels; ++r) {
+            for (std::int64_t r = 0; r < Channels; ++r) {
                 quad.row[r] = a_.w + smaller(n + r, a_.n - 1) * row_bytes_ + first * L::weight_bytes;
             }
             quad.bytes = smaller(row_bytes_ - first * L::weight_bytes, blocks * L::weight_bytes);
@@ -246,9 +256,9 @@ class QuadDriver {
             for (std::int64_t tile = 0; tile < tiles; ++tile) {
                 const std::int64_t from = q.rows * tile / tiles, to = q.rows * (tile + 1) / tiles;
                 quad.ahead = ahead;
-                quad.share = (Isa::quad_channels * (tile + 1) / tiles - Isa::quad_channels * tile / tiles) * L::weight_bytes;
+                quad.share = (Channels * (tile + 1) / tiles - Channels * tile / tiles) * L::weight_bytes;
                 ahead += quad.share * blocks;
-                dot_quad_rows<Isa, Bits>(to - from, quad, codes + from * blocks * L::block_bytes,
+                dot_quad_rows<Isa, Bits, Channels, MostRows>(to - from, quad, codes + from * blocks * L::block_bytes,
                                          blocks * L::block_bytes, part == 0, acc + from * kPanel);
             }
         }
@@ -279,6 +289,15 @@ class QuadDriver {
     int threads_;
     bool own_;
 };
+
+// Few rows of activations have a tile of their own where an instruction set says so.
+template <class Isa, int Bits>
+void matmul_quads(const Matmul& args) {
+    if constexpr (requires { Isa::few_rows; }) {
+        if (args.m <= Isa::few_rows) return QuadDriver<Isa, Bits, Isa::few_channels, Isa::few_rows>(args).run();
+    }
+    QuadDriver<Isa, Bits, Isa::quad_channels, Isa::quad_rows>(args).run();
+}
 
 }  // namespace
 }  // namespace bytelane::cpu

@@ -31,6 +31,8 @@ TILE_BYTES = 32 << 10  # kTileBytes
 QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
 # quad_rows, of a tile; others have 2
 QUAD_ROWS = {"avx512amx": 6, "avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}
+FEW_ROWS = {"avx2": 2}  # few_rows: so few have a tile of their own,
+FEW_CHANNELS = {"avx2": 4}  # few_channels
 # most_quad_rows: quads beat panels; others 0
 MOST_QUAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}
 GROUP_PANEL_ROWS = {"avx2": 5}  # group_panel_rows: groups go to panels from here on; others as without groups
@@ -78,7 +80,8 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
     if m > 1 and side_by_side:
         tile = -(-m // -(-m // QUAD_ROWS.get(isa, 2)))
         threads = 1 if size * n * m < SERIAL_BYTES else min(threads, -(-n // STEP))
-        return Plan(f"{QUAD_CHANNELS.get(isa, 4)} channels x {tile} rows a tile, codes {in_place}", threads)
+        channels = (FEW_CHANNELS if m <= FEW_ROWS.get(isa, 0) else QUAD_CHANNELS).get(isa, 4)
+        return Plan(f"{channels} channels x {tile} rows a tile, codes {in_place}", threads)
     if transposed:
         panels = -(-n // PANEL)
         how = f"panels of {PANEL} channels, spread to bytes and transposed once for all rows"
@@ -93,11 +96,11 @@ def plan_linear(kernel: Kernel, k: int, n: int, m: int, bits: int, threads: int,
         panel //= 2
     how = in_place if packed or spreads else "spread to bytes on the way"
     if group_size and group_size < k:
-        channels, tile = f"{panel} channels, four of them", min(m, MAX_TILE)
+        wide, tile = f"{panel} channels, four of them", min(m, MAX_TILE)
         how = f"{how}, {k // group_size} groups"
     else:
-        channels, tile = f"{panel} channels", -(-m // -(-m // MAX_TILE))
-    return Plan(f"{channels} x {tile} row{'s' * (tile > 1)} a tile, codes {how}", max(1, min(threads, -(-n // panel))))
+        wide, tile = f"{panel} channels", -(-m // -(-m // MAX_TILE))
+    return Plan(f"{wide} x {tile} row{'s' * (tile > 1)} a tile, codes {how}", max(1, min(threads, -(-n // panel))))
 
 
 @dataclass(frozen=True)
