@@ -1,4 +1,5 @@
-// What the machine can do at best, measured beside the kernels: dots of operands that stay in L1, and reading memory.
+// What the machine can do at best, measured beside the kernels: dots of operands that stay in L1, and reading memory. Both
+// are shared out as a layer is: a limit that waits for the slower core is none.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,7 @@
 #include "kernels.hpp"
 #include "panel.hpp"
 #include "scratch.hpp"
+#include "shares.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -17,6 +19,7 @@ std::int64_t peak_dots_of(const PeakDots& args) {
     const Scratch scratch(Tile::vectors * step_bytes + Tile::rows * (Tile::q_step + Tile::vectors * Tile::lanes * 4) +
                               4 * Carver::alignment,
                           args.threads);
+    Shares shares(args.repeats * args.threads, 1, args.threads);
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
         Carver memory = scratch.of_this_thread();
@@ -25,32 +28,34 @@ std::int64_t peak_dots_of(const PeakDots& args) {
         auto* acc = memory.take<std::int32_t>(Tile::rows * Tile::vectors * Tile::lanes);
         std::memset(panel, 1, Tile::vectors * step_bytes);
         std::memset(q, 0, Tile::rows * Tile::q_step);
-        typename Tile::Sum sum[Tile::rows][Tile::vectors];
-        const auto each = [&](auto&& body) __attribute__((always_inline)) {
-            unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
-                unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) { body(m.value, v.value); });
-            });
-        };
-        each([&](int m, int v) __attribute__((always_inline)) { Tile::clear(sum[m][v]); });
-        const std::int64_t all = args.repeats * steps;
-        for (std::int64_t left = all, run = smaller(all, Tile::flush_steps(args.bits)); left > 0; left -= run) {
-            for (std::int64_t step = smaller(left, run); step > 0; --step) {
-                asm volatile("" : : : "memory");  // the operands are loaded anew
-                typename Tile::Weights weights[Tile::vectors];
-                unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
-                    weights[v.value] = Tile::weights(panel + v.value * step_bytes);
-                });
+        shares.run([&](std::int64_t from, std::int64_t to) {
+            typename Tile::Sum sum[Tile::rows][Tile::vectors];  // here, or they would not stay in registers
+            const auto each = [&](auto&& body) __attribute__((always_inline)) {
                 unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
-                    const auto activations = Tile::activations(q + m.value * Tile::q_step);
-                    unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
-                        Tile::add(sum[m.value][v.value], weights[v.value], activations);
-                    });
+                    unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) { body(m.value, v.value); });
                 });
+            };
+            each([&](int m, int v) __attribute__((always_inline)) { Tile::clear(sum[m][v]); });
+            const std::int64_t all = (to - from) * steps;
+            for (std::int64_t left = all, run = smaller(all, Tile::flush_steps(args.bits)); left > 0; left -= run) {
+                for (std::int64_t step = smaller(left, run); step > 0; --step) {
+                    asm volatile("" : : : "memory");  // the operands are loaded anew
+                    typename Tile::Weights weights[Tile::vectors];
+                    unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                        weights[v.value] = Tile::weights(panel + v.value * step_bytes);
+                    });
+                    unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
+                        const auto activations = Tile::activations(q + m.value * Tile::q_step);
+                        unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                            Tile::add(sum[m.value][v.value], weights[v.value], activations);
+                        });
+                    });
+                }
+                each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]), Tile::hold(sum[m][v]); });
             }
-            each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]), Tile::hold(sum[m][v]); });
-        }
-        each([&](int m, int v) __attribute__((always_inline)) {
-            Tile::save(sum[m][v], acc + (m * Tile::vectors + v) * Tile::lanes);
+            each([&](int m, int v) __attribute__((always_inline)) {
+                Tile::save(sum[m][v], acc + (m * Tile::vectors + v) * Tile::lanes);
+            });
         });
         asm volatile("" : : "r"(acc) : "memory");
     }
@@ -62,6 +67,7 @@ template <class Tile>
 std::int64_t peak_blocks(const PeakDots& args) {
     constexpr std::int64_t steps = 64, block_bytes = steps * Tile::step_bytes, q_bytes = steps * Tile::q_step;
     const Scratch scratch(kPanel / Tile::lanes * block_bytes + Tile::rows * (q_bytes + kPanel * 4), args.threads);
+    Shares shares(args.repeats * args.threads, 1, args.threads);
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
         Carver memory = scratch.of_this_thread();
@@ -70,10 +76,12 @@ std::int64_t peak_blocks(const PeakDots& args) {
         auto* acc = memory.take<std::int32_t>(Tile::rows * kPanel);
         std::memset(panel, 1, kPanel / Tile::lanes * block_bytes);
         std::memset(q, 0, Tile::rows * q_bytes);
-        for (std::int64_t i = 0; i < args.repeats; ++i) {
-            Ahead nothing{panel, panel};
-            Tile::dot(Tile::rows, panel, block_bytes, steps, q, q_bytes, kPanel, true, nothing, acc);
-        }
+        shares.run([&](std::int64_t from, std::int64_t to) {
+            for (std::int64_t i = from; i < to; ++i) {
+                Ahead nothing{panel, panel};
+                Tile::dot(Tile::rows, panel, block_bytes, steps, q, q_bytes, kPanel, true, nothing, acc);
+            }
+        });
         asm volatile("" : : "r"(acc) : "memory");
     }
     return args.repeats * args.threads * steps * kStepCodes * kPanel * Tile::rows;
@@ -85,13 +93,18 @@ std::int64_t peak_dots(const PeakDots& args) {
     return peak_dots_of<Isa, typename Isa::Tile>(args);
 }
 
-// Every word of a buffer, once, a contiguous range for each thread.
+// Every word of a buffer, once.
 template <class Isa>
 std::uint64_t read_all(const ReadAll& args) {
-    std::uint64_t all = 0;
+    constexpr std::int64_t piece = 8 << 10;  // words
     const std::int64_t words = args.bytes / 8;
-#pragma omp parallel for schedule(static) num_threads(args.threads) reduction(^ : all)
-    for (std::int64_t i = 0; i < words; ++i) all ^= args.words[i];
+    std::uint64_t all = 0;
+    Shares shares(ceil_div(words, piece), 1, args.threads);
+#pragma omp parallel num_threads(args.threads) reduction(^ : all)
+    shares.run([&](std::int64_t from, std::int64_t to) {
+        const std::int64_t end = smaller(words, to * piece);
+        for (std::int64_t i = from * piece; i < end; ++i) all ^= args.words[i];
+    });
     return all;
 }
 

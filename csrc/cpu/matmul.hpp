@@ -29,6 +29,7 @@
 #include "matmul_quads.hpp"
 #include "requantize.hpp"
 #include "scratch.hpp"
+#include "shares.hpp"
 #include "unpack.hpp"
 
 namespace bytelane::cpu {
@@ -73,6 +74,7 @@ class MatmulDriver {
         if (alone) {
             for (std::int64_t m = 0; m < a_.m; ++m) load_codes(m, q, sums, scratch.of(0));
         }
+        Shares panels(ceil_div(a_.n, panel_), 1, threads_);
         in_parallel(threads_, [&] {
             const Carver mine = scratch.of_this_thread();
             if (!alone) {
@@ -80,9 +82,9 @@ class MatmulDriver {
                 for (std::int64_t m = 0; m < a_.m; ++m) load_codes(m, q, sums, mine);
             }
             const Codes codes{q, sums, q_row_, q_unit_, groups_};
-            const std::int64_t panels = ceil_div(a_.n, panel_);
-#pragma omp for schedule(static) nowait
-            for (std::int64_t panel = 0; panel < panels; ++panel) run_panel(panel * panel_, codes, mine);
+            panels.run([&](std::int64_t from, std::int64_t to) {
+                for (std::int64_t panel = from; panel < to; ++panel) run_panel(panel * panel_, codes, mine);
+            });
         });
     }
 

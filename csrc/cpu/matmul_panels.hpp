@@ -23,6 +23,7 @@
 #include "panel.hpp"
 #include "requantize.hpp"
 #include "scratch.hpp"
+#include "shares.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -82,16 +83,18 @@ class PanelDriver {
         const std::int64_t panels = ceil_div(a_.n, kPanel);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
+            Shares tasks(panels * splits_, 1, threads_);
             in_parallel(threads_, [&] {
                 const Carver mine = scratch.of_this_thread();
 #pragma omp for schedule(static)
                 for (std::int64_t m = 0; m < rows; ++m) load_codes(m0 + m, m, q, sums, mine);
-#pragma omp for schedule(static) nowait
-                for (std::int64_t task = 0; task < panels * splits_; ++task) {
-                    const std::int64_t split = task % splits_, from = rows * split / splits_;
-                    const Block block{q, sums, m0, from, rows * (split + 1) / splits_};
-                    run_panel(task / splits_ * kPanel, block, mine);
-                }
+                tasks.run([&](std::int64_t begin, std::int64_t end) {
+                    for (std::int64_t task = begin; task < end; ++task) {
+                        const std::int64_t split = task % splits_, from = rows * split / splits_;
+                        const Block block{q, sums, m0, from, rows * (split + 1) / splits_};
+                        run_panel(task / splits_ * kPanel, block, mine);
+                    }
+                });
             });
         }
     }

@@ -5,7 +5,7 @@
 //
 //     for a block of activation rows          as many as stay in the second-level cache
 //       quantize and arrange them             every thread for itself, or together where that would be dear
-//       for a panel of output channels        in parallel, a contiguous range for each thread
+//       for a panel of output channels        in parallel, contiguous ranges (shares.hpp)
 //         for four weight rows
 //           for a part of k                   its codes and a tile's activations stay in the first-level cache
 //             for a tile of activation rows   4 x MR sums in registers, folded and added to the accumulators
@@ -30,6 +30,7 @@
 #include "kernels.hpp"
 #include "requantize.hpp"
 #include "scratch.hpp"
+#include "shares.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -171,14 +172,9 @@ class QuadDriver {
         const Scratch scratch((own_ ? codes : 0) + thread_bytes(), threads_);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
+            Shares steps(ceil_div(a_.n, kStep), ceil_div(4 * ahead_, kStep * row_bytes_), threads_);
             in_parallel(threads_, [&] {
-                // a team may be smaller than asked for
-                const std::int64_t steps = ceil_div(a_.n, kStep), thread = omp_get_thread_num(), team = omp_get_num_threads();
-                const std::int64_t begin = steps * thread / team * kStep;
-                const std::int64_t end = smaller(a_.n, steps * (thread + 1) / team * kStep);
-                const std::uint8_t* first = a_.w + begin * row_bytes_;
-                const std::int64_t soon = smaller(ahead_, (end - begin) * row_bytes_);
-                for (std::int64_t at = 0; at < soon; at += 64) __builtin_prefetch(first + at, 0, 2);
+                ask(steps.first() * kStep, a_.n);
                 Carver mine = scratch.of_this_thread();
                 Carver arranged = shared.of(0);
                 Carver& from = own_ ? mine : arranged;
@@ -191,7 +187,9 @@ class QuadDriver {
 #pragma omp for schedule(static)
                     for (std::int64_t m = 0; m < rows; ++m) load_codes(q, m, fresh);
                 }
-                run_channels(q, begin, end, mine);
+                steps.run([&](std::int64_t begin, std::int64_t end) {
+                    run_channels(q, begin * kStep, smaller(a_.n, end * kStep), mine);
+                });
             });
         }
     }
@@ -231,16 +229,25 @@ class QuadDriver {
         auto* acc = memory.take<std::int32_t>(m_block_ * kPanel);
         // the vector loops of finish_panel also read what lies between `count` and the next whole step
         std::memset(acc, 0, q.rows * kPanel * sizeof *acc);
+        ask(begin, end);
         const std::uint8_t* ahead = a_.w + begin * row_bytes_ + ahead_;
+        const std::uint8_t* last = a_.w + end * row_bytes_;
         for (std::int64_t n0 = begin; n0 < end; n0 += kPanel) {
             const std::int64_t count = smaller(kPanel, end - n0);
-            for (std::int64_t n = 0; n < count; n += Channels) ahead = run_quad(q, n0 + n, ahead, acc + n);
+            for (std::int64_t n = 0; n < count; n += Channels) ahead = run_quad(q, n0 + n, ahead, last, acc + n);
             finish(q, n0, count, scales, acc);
         }
     }
 
-    // Those past the last channel repeat it.
-    const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead,
+    // Asks memory for the beginning of the channels `begin .. end`.
+    void ask(std::int64_t begin, std::int64_t end) const {
+        const std::uint8_t* first = a_.w + begin * row_bytes_;
+        const std::int64_t soon = smaller(ahead_, (end - begin) * row_bytes_);
+        for (std::int64_t at = 0; at < soon; at += 64) __builtin_prefetch(first + at, 0, 2);
+    }
+
+    // Those past the last channel repeat it. From `ahead` to `last` memory is asked for.
+    const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead, const std::uint8_t* last,
                                  std::int32_t* acc) const {
         const std::int64_t tiles = ceil_div(q.rows, MostRows);
         Quad quad;
@@ -257,6 +264,7 @@ class QuadDriver {
                 const std::int64_t from = q.rows * tile / tiles, to = q.rows * (tile + 1) / tiles;
                 quad.ahead = ahead;
                 quad.share = (Channels * (tile + 1) / tiles - Channels * tile / tiles) * L::weight_bytes;
+                if (ahead >= last) quad.share = 0;
                 ahead += quad.share * blocks;
                 dot_quad_rows<Isa, Bits, Channels, MostRows>(to - from, quad, codes + from * blocks * L::block_bytes,
                                          blocks * L::block_bytes, part == 0, acc + from * kPanel);
