@@ -12,54 +12,60 @@
 namespace bytelane::cpu {
 namespace {
 
-// The full tile of panel.hpp on one step, over and over; returns how many multiply-adds that was.
+// `steps` times the full tile of panel.hpp on one step.
+template <class Tile>
+[[gnu::noinline]] void dot_one_step(std::int64_t steps, std::int64_t flush_steps, const std::uint8_t* panel,
+                                    const std::uint8_t* q, std::int32_t* acc) {
+    typename Tile::Sum sum[Tile::rows][Tile::vectors];
+    const auto each = [&](auto&& body) __attribute__((always_inline)) {
+        unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
+            unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) { body(m.value, v.value); });
+        });
+    };
+    each([&](int m, int v) __attribute__((always_inline)) { Tile::clear(sum[m][v]); });
+    for (std::int64_t left = steps, run = smaller(steps, flush_steps); left > 0; left -= run) {
+        for (std::int64_t step = smaller(left, run); step > 0; --step) {
+            asm volatile("" : "+r"(panel), "+r"(q));  // the operands are loaded anew, and the sums not stored
+            typename Tile::Weights weights[Tile::vectors];
+            unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                weights[v.value] = Tile::weights(panel + v.value * Tile::step_bytes);
+            });
+            unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
+                const auto activations = Tile::activations(q + m.value * Tile::q_step);
+                unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
+                    Tile::add(sum[m.value][v.value], weights[v.value], activations);
+                    Tile::hold(sum[m.value][v.value]);
+                });
+            });
+        }
+        each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]); });
+    }
+    each([&](int m, int v) __attribute__((always_inline)) {
+        Tile::save(sum[m][v], acc + (m * Tile::vectors + v) * Tile::lanes);
+    });
+}
+
+// The same on every thread, over and over; returns how many multiply-adds that was.
 template <class Isa, class Tile>
 std::int64_t peak_dots_of(const PeakDots& args) {
-    constexpr std::int64_t steps = 64, step_bytes = Tile::step_bytes;
-    const Scratch scratch(Tile::vectors * step_bytes + Tile::rows * (Tile::q_step + Tile::vectors * Tile::lanes * 4) +
-                              4 * Carver::alignment,
-                          args.threads);
+    constexpr std::int64_t steps = 64, panel_bytes = Tile::vectors * Tile::step_bytes, q_bytes = Tile::rows * Tile::q_step;
+    constexpr std::int64_t sums = Tile::rows * Tile::vectors * Tile::lanes;
+    const Scratch scratch(panel_bytes + q_bytes + sums * 4 + 4 * Carver::alignment, args.threads);
     Shares shares(args.repeats * args.threads, 1, args.threads);
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
         Carver memory = scratch.of_this_thread();
-        auto* panel = memory.take<std::uint8_t>(Tile::vectors * step_bytes);
-        auto* q = memory.take<std::uint8_t>(Tile::rows * Tile::q_step);
-        auto* acc = memory.take<std::int32_t>(Tile::rows * Tile::vectors * Tile::lanes);
-        std::memset(panel, 1, Tile::vectors * step_bytes);
-        std::memset(q, 0, Tile::rows * Tile::q_step);
+        auto* panel = memory.take<std::uint8_t>(panel_bytes);
+        auto* q = memory.take<std::uint8_t>(q_bytes);
+        auto* acc = memory.take<std::int32_t>(sums);
+        std::memset(panel, 1, panel_bytes);
+        std::memset(q, 0, q_bytes);
         shares.run([&](std::int64_t from, std::int64_t to) {
-            typename Tile::Sum sum[Tile::rows][Tile::vectors];  // here, or they would not stay in registers
-            const auto each = [&](auto&& body) __attribute__((always_inline)) {
-                unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
-                    unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) { body(m.value, v.value); });
-                });
-            };
-            each([&](int m, int v) __attribute__((always_inline)) { Tile::clear(sum[m][v]); });
-            const std::int64_t all = (to - from) * steps;
-            for (std::int64_t left = all, run = smaller(all, Tile::flush_steps(args.bits)); left > 0; left -= run) {
-                for (std::int64_t step = smaller(left, run); step > 0; --step) {
-                    asm volatile("" : : : "memory");  // the operands are loaded anew
-                    typename Tile::Weights weights[Tile::vectors];
-                    unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
-                        weights[v.value] = Tile::weights(panel + v.value * step_bytes);
-                    });
-                    unroll<Tile::rows>([&](auto m) __attribute__((always_inline)) {
-                        const auto activations = Tile::activations(q + m.value * Tile::q_step);
-                        unroll<Tile::vectors>([&](auto v) __attribute__((always_inline)) {
-                            Tile::add(sum[m.value][v.value], weights[v.value], activations);
-                        });
-                    });
-                }
-                each([&](int m, int v) __attribute__((always_inline)) { Tile::flush(sum[m][v]), Tile::hold(sum[m][v]); });
-            }
-            each([&](int m, int v) __attribute__((always_inline)) {
-                Tile::save(sum[m][v], acc + (m * Tile::vectors + v) * Tile::lanes);
-            });
+            dot_one_step<Tile>((to - from) * steps, Tile::flush_steps(args.bits), panel, q, acc);
         });
         asm volatile("" : : "r"(acc) : "memory");
     }
-    return args.repeats * args.threads * steps * kStepCodes * Tile::vectors * Tile::lanes * Tile::rows;
+    return args.repeats * args.threads * steps * kStepCodes * sums;
 }
 
 // The same of tile registers.
