@@ -106,7 +106,13 @@ def test_plans_without_tall_tiles(m: int, bits: int, blocking: str) -> None:
 
 @pytest.mark.parametrize(
     ("m", "blocking"),
-    [(2, "4 channels x 2 rows"), (3, "2 channels x 3 rows"), (5, "2 channels x 3 rows"), (24, "2 channels x 4 rows"), (25, "panels")],
+    [
+        (2, "4 channels x 2 rows"),
+        (3, "2 channels x 3 rows"),
+        (5, "2 channels x 3 rows"),
+        (24, "2 channels x 4 rows"),
+        (25, "panels"),
+    ],
 )
 def test_plans_of_two_channels(m: int, blocking: str) -> None:
     assert plan.plan_linear(_kernel("avx2", 4, m), 1536, 6144, m, 4, 2).blocking.startswith(blocking)

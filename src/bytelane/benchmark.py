@@ -147,7 +147,7 @@ def measure(
     """Let contenders take turns, in rounds; the order of each round is drawn, the same in every run.
 
     Args:
-        calls: the contenders; a turn is a pause, calls for `WARM` seconds that do not count, and calls for `BURST` that do.
+        calls: the contenders; a turn is a pause, calls for `WARM` seconds that do not count, and for `BURST` that do.
         budget: seconds for all of them together. A contender that has run `FEWEST_ROUNDS` times and spent its share
             sits out; when none is left, or after `most` rounds, the measurement ends.
         most: rounds at most.
