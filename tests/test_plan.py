@@ -109,9 +109,9 @@ def test_plans_without_tall_tiles(m: int, bits: int, blocking: str) -> None:
     [
         (2, "4 channels x 2 rows"),
         (3, "2 channels x 3 rows"),
-        (5, "2 channels x 3 rows"),
-        (24, "2 channels x 4 rows"),
-        (25, "panels"),
+        (5, "2 channels x 5 rows"),
+        (48, "2 channels x 6 rows"),
+        (49, "panels"),
     ],
 )
 def test_plans_of_two_channels(m: int, blocking: str) -> None:

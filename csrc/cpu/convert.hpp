@@ -121,22 +121,29 @@ void narrow(const float* values, Dtype dtype, void* y, std::int64_t count) {
     std::memcpy(y, out, count * sizeof(std::uint16_t));
 }
 
-// Two loops, because in one GCC packs the comparisons' masks down to bytes, which costs more than the arithmetic.
-inline void quantize_chunk(const float* x, float inverse, std::int8_t* q) {
-    float rounded[kChunk];
-    for (int i = 0; i < kChunk; ++i) rounded[i] = round_small(clamp_nan_high(x[i] * inverse));
-    for (int i = 0; i < kChunk; ++i) q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(rounded[i]));
+// Sixteen elements at a time, from memory to codes in registers: `Isa::store_codes` clamps and rounds.
+template <class Isa>
+void quantize_chunk(const void* x, Dtype dtype, float inverse, std::int8_t* q) {
+    const auto scale = Isa::broadcast(inverse);
+    const auto each = [&](auto&& load) __attribute__((always_inline)) {
+        for (int i = 0; i < kChunk; i += 16) Isa::store_codes(Isa::multiply(load(i), scale), q + i);
+    };
+    const auto* halves = static_cast<const std::uint16_t*>(x);
+    if (dtype == Dtype::float32) {
+        each([x](int i) __attribute__((always_inline)) { return Isa::load(static_cast<const float*>(x) + i); });
+    } else if (dtype == Dtype::float16) {
+        each([halves](int i) __attribute__((always_inline)) { return Isa::load_half(halves + i); });
+    } else {
+        each([halves](int i) __attribute__((always_inline)) { return Isa::load_bfloat(halves + i); });
+    }
 }
 
 template <class Isa>
 void quantize_span(const void* x, Dtype dtype, std::int64_t count, float inverse, std::int8_t* q) {
     const std::int64_t size = element_bytes(dtype);
     const auto* in = static_cast<const std::uint8_t*>(x);
-    float values[kChunk];
     std::int64_t i = 0;
-    for (; i + kChunk <= count; i += kChunk) {
-        quantize_chunk(widen<Isa>(in + i * size, dtype, values), inverse, q + i);
-    }
+    for (; i + kChunk <= count; i += kChunk) quantize_chunk<Isa>(in + i * size, dtype, inverse, q + i);
     if (i < count) {
         union {
             float floats[kChunk];
@@ -144,7 +151,7 @@ void quantize_span(const void* x, Dtype dtype, std::int64_t count, float inverse
         } rest = {};
         std::int8_t codes[kChunk];
         std::memcpy(&rest, in + i * size, (count - i) * size);
-        quantize_chunk(widen<Isa>(&rest, dtype, values), inverse, codes);
+        quantize_chunk<Isa>(&rest, dtype, inverse, codes);
         std::memcpy(q + i, codes, count - i);
     }
 }

@@ -26,6 +26,9 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#include "convert.hpp"
 
 namespace bytelane::cpu {
 namespace {
@@ -67,17 +70,97 @@ struct Layout {
     static_assert(Dot::blocks_per_flush >= 1);
 };
 
-template <class Isa, int Bits>
-void arrange_block(const std::int8_t* q, std::uint8_t* out) {
-    using L = Layout<Isa, Bits>;
-    auto* lanes = reinterpret_cast<typename L::Dot::Lane*>(out);
-    unroll<L::parts>([&](auto part) {
-        for (int i = 0; i < L::lanes; ++i) lanes[part.value * L::lanes + i] = q[i * L::parts + part.value];
+// A vector of bytes or of int16 as the compiler's own type (GCC 12 does not take a size that is a template's).
+template <int Bytes>
+struct Spans;
+template <>
+struct Spans<16> {
+    typedef std::uint8_t Bytes __attribute__((vector_size(16)));
+    typedef std::int16_t Words __attribute__((vector_size(16)));
+};
+template <>
+struct Spans<32> {
+    typedef std::uint8_t Bytes __attribute__((vector_size(32)));
+    typedef std::int16_t Words __attribute__((vector_size(32)));
+};
+template <>
+struct Spans<64> {
+    typedef std::uint8_t Bytes __attribute__((vector_size(64)));
+    typedef std::int16_t Words __attribute__((vector_size(64)));
+};
+
+// Bytes First, First + 2, ... of `low` and `high`, one after the other.
+template <int First, class Bytes, int... I>
+[[gnu::always_inline]] inline void every_second(const Bytes& low, const Bytes& high, Bytes& out,
+                                                std::integer_sequence<int, I...>) {
+    out = __builtin_shufflevector(low, high, (2 * I + First)...);
+}
+
+// One block: `v` becomes its parts, in order.
+template <int Parts, class Bytes>
+[[gnu::always_inline]] inline void deal(Bytes (&v)[Parts]) {
+    constexpr std::make_integer_sequence<int, sizeof(Bytes)> all{};
+    Bytes even[Parts / 2], odd[Parts / 2];
+    unroll<Parts / 2>([&](auto i) __attribute__((always_inline)) {
+        every_second<0>(v[2 * i.value], v[2 * i.value + 1], even[i.value], all);
+        every_second<1>(v[2 * i.value], v[2 * i.value + 1], odd[i.value], all);
+    });
+    if constexpr (Parts > 2) {
+        deal<Parts / 2>(even);
+        deal<Parts / 2>(odd);
+    }
+    unroll<Parts / 2>([&](auto i) __attribute__((always_inline)) {
+        v[2 * i.value] = even[i.value];
+        v[2 * i.value + 1] = odd[i.value];
     });
 }
 
+template <class Isa, int Bits>
+[[gnu::always_inline]] inline void arrange_block(const std::int8_t* q, std::uint8_t* out) {
+    using L = Layout<Isa, Bits>;
+    using Lane = typename L::Dot::Lane;
+    if constexpr (sizeof(Lane) == 1 && L::parts > 1) {
+        // vector by vector: copied as a whole, GCC keeps them in memory
+        typename Spans<L::vector_bytes>::Bytes v[L::parts];
+        unroll<L::parts>([&](auto i) __attribute__((always_inline)) {
+            std::memcpy(&v[i.value], q + i.value * L::vector_bytes, L::vector_bytes);
+        });
+        deal<L::parts>(v);
+        unroll<L::parts>([&](auto i) __attribute__((always_inline)) {
+            std::memcpy(out + i.value * L::vector_bytes, &v[i.value], L::vector_bytes);
+        });
+    } else if constexpr (sizeof(Lane) == 2 && L::parts == 2) {  // a pair of codes is an int16, the even one in its lower half
+        typename Spans<L::vector_bytes>::Words pairs;
+        std::memcpy(&pairs, q, sizeof pairs);
+        const auto even = pairs << 8 >> 8, odd = pairs >> 8;
+        std::memcpy(out, &even, sizeof even);
+        std::memcpy(out + L::vector_bytes, &odd, sizeof odd);
+    } else {
+        auto* lanes = reinterpret_cast<Lane*>(out);
+        unroll<L::parts>([&](auto part) __attribute__((always_inline)) {
+            for (int i = 0; i < L::lanes; ++i) lanes[part.value * L::lanes + i] = q[i * L::parts + part.value];
+        });
+    }
+}
+
 inline std::int32_t sum_of(const std::int8_t* q, std::int64_t count) {
+    using Words = Spans<32>::Words;
+    typedef std::int32_t Wide __attribute__((vector_size(32)));
+    constexpr std::int64_t step = sizeof(Words), most = 127 * step;  // a step adds -256 at least to a word
     std::int32_t sum = 0;
+    while (count >= step) {
+        Words sums = {};
+        const std::int64_t some = smaller(count, most) / step * step;
+        for (std::int64_t i = 0; i < some; i += step) {
+            Words pairs;
+            std::memcpy(&pairs, q + i, sizeof pairs);
+            sums += (pairs << 8 >> 8) + (pairs >> 8);
+        }
+        const Wide pairs = reinterpret_cast<Wide>(sums), wide = (pairs << 16 >> 16) + (pairs >> 16);
+        for (int i = 0; i < 8; ++i) sum += wide[i];
+        q += some;
+        count -= some;
+    }
     for (std::int64_t i = 0; i < count; ++i) sum += q[i];
     return sum;
 }

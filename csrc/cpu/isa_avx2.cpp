@@ -32,10 +32,10 @@ struct Avx2 {
     static constexpr bool spreads_in_registers = true;
     static constexpr int sums = 4;
     static constexpr int quad_channels = 2;
-    static constexpr int quad_rows = 4;
+    static constexpr int quad_rows = 6;
     static constexpr int few_rows = 2;
     static constexpr int few_channels = 4;
-    static constexpr int most_quad_rows = 24;
+    static constexpr int most_quad_rows = 48;
     static constexpr int most_spread_rows = 8;
     static constexpr int group_panel_rows = 5;
     static constexpr int prefetch_bytes = 2048;
@@ -346,6 +346,15 @@ struct Avx2 {
     static Floats load_codes(const std::uint8_t* p) { return {codes_8(p), codes_8(p + 8)}; }
 
     static Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+
+    // clamp(rne(v), -128, 127), NaN to 127. `min` takes its second operand if one is NaN; packing saturates, and what is
+    // too low for an int32 becomes the lowest.
+    static __m256i rounded_8(__m256 v) { return _mm256_cvtps_epi32(_mm256_min_ps(v, _mm256_set1_ps(127.0f))); }
+    static void store_codes(Floats v, std::int8_t* q) {
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded_8(v.low), rounded_8(v.high)), 0xd8);
+        const __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q), codes);
+    }
 
     static __m256 round_bfloat_8(__m256 v) {  // round_to_bfloat of every lane
         const __m256i bits = _mm256_castps_si256(v);

@@ -278,6 +278,12 @@ struct Avx512Vnni {
 
     static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 
+    // clamp(rne(v), -128, 127), NaN to 127: see isa_avx2.cpp.
+    static void store_codes(Floats v, std::int8_t* q) {
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(127.0f)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(rounded));
+    }
+
     static Floats round_bfloat(Floats v) {  // round_to_bfloat of every lane
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -244,6 +244,15 @@ struct Dotprod {
         return v;
     }
 
+    // clamp(rne(v), -128, 127), NaN to 127: the minimum with a number is that number. Conversions saturate.
+    static void store_codes(const Floats& v, std::int8_t* q) {
+        int16x4_t words[4];
+        for (int i = 0; i < 4; ++i) words[i] = vqmovn_s32(vcvtnq_s32_f32(vminnmq_f32(v.part[i], vdupq_n_f32(127.0f))));
+        const int8x8_t low = vqmovn_s16(vcombine_s16(words[0], words[1]));
+        const int8x8_t high = vqmovn_s16(vcombine_s16(words[2], words[3]));
+        vst1q_s8(q, vcombine_s8(low, high));
+    }
+
     static Floats round_bfloat(const Floats& v) {  // round_to_bfloat of every lane
         Floats out;
         for (int i = 0; i < 4; ++i) {

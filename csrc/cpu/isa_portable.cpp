@@ -203,6 +203,15 @@ struct Portable {
         for (int i = 0; i < 4; ++i) v.part[i] = a.part[i] * b.part[i];
         return v;
     }
+    // clamp(rne(v), -128, 127), NaN to 127. Two loops, because in one GCC packs the comparisons' masks down to bytes, which
+    // costs more than the arithmetic.
+    static void store_codes(const Floats& v, std::int8_t* q) {
+        float values[16];
+        store(values, v);
+        for (int i = 0; i < 16; ++i) values[i] = round_small(clamp_nan_high(values[i]));
+        for (int i = 0; i < 16; ++i) q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(values[i]));
+    }
+
     static Floats round_bfloat(const Floats& v) {
         float values[16];
         store(values, v);

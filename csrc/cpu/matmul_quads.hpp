@@ -7,8 +7,7 @@
 //       quantize and arrange them             every thread for itself, or together where that would be dear
 //       for a panel of output channels        in parallel, contiguous ranges (shares.hpp)
 //         for four weight rows
-//           for a part of k                   its codes and a tile's activations stay in the first-level cache
-//             for a tile of activation rows   4 x MR sums in registers, folded and added to the accumulators
+//           for a tile of activation rows     4 x MR sums in registers, folded to accumulators
 //         requantize
 //
 // A vector of weights in a register meets MR rows of activations, and one of activations four rows of weights, so the
@@ -16,10 +15,8 @@
 // well by itself. So memory is asked for explicitly, in the order of its addresses whatever the order of use, evenly over
 // the tiles, and far enough ahead for four whole rows.
 //
-// Activations lie part by part, so that a tile's share of a part is contiguous: rows of k a power of two apart would
-// share the few places of a cache set.
-//
-//     q      part 0: m0 m1 ... | part 1: m0 m1 ... | ...        each piece arranged as in dot.hpp
+// Beginning and ending a tile costs as much as a hundred codes of each row, so rows are not cut, however long: activations
+// that do not fit the first-level cache are read in order, which a processor fetches ahead by itself.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +34,8 @@ namespace {
 
 constexpr std::int64_t kMostQuad = 8;  // weight rows side by side
 constexpr std::int64_t kSerialBytes = 48 << 10;              // less weight than this is not worth waking a thread
-constexpr std::int64_t kPartActivations = 2048;          // bytes of a row's part
 constexpr std::int64_t kQuadActivations = 384 << 10;     // bytes of a block of rows
+constexpr std::int64_t kRowGap = 64;                     // rows a power of two apart would share a cache set
 constexpr std::int64_t kAheadBytes = 16 << 10;           // how far ahead memory is asked for, at least
 constexpr std::int64_t kOwnChannels = 512;               // of a thread, from which on it arranges all activations itself
 
@@ -62,10 +59,17 @@ struct Quad {
     std::int64_t share;
 };
 
-// MR rows of arranged activations against `Channels` weight rows: acc[m * kPanel + 0 ..] (+)= the dots.
+// `count` things dealt out evenly: the first ones get one more.
+struct Even {
+    std::int64_t each, more;
+
+    Even(std::int64_t count, std::int64_t among) : each(count / among), more(count % among) {}
+    std::int64_t of(std::int64_t i) const { return each + (i < more ? 1 : 0); }
+};
+
+// MR rows of arranged activations against `Channels` weight rows: acc[m * kPanel + 0 ..] are the dots.
 template <class Isa, int Bits, int Channels, int MR>
-[[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, bool first,
-                                std::int32_t* acc) {
+[[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, std::int32_t* acc) {
     using L = Layout<Isa, Bits>;
     using Dot = typename L::Dot;
     constexpr int channels = Channels;
@@ -128,13 +132,7 @@ template <class Isa, int Bits, int Channels, int MR>
         unroll<4 / width>([&](auto part) __attribute__((always_inline)) {
             constexpr int at = from + part.value * width;
             if constexpr (at <= last) {
-                using Some [[gnu::vector_size(width * 4)]] = std::uint32_t;
-                Some some, before = {};
-                std::int32_t* out = acc + at / channels * kPanel + at % channels;
-                std::memcpy(&some, total + part.value * width, sizeof some);
-                if (!first) std::memcpy(&before, out, sizeof before);
-                some += before;
-                std::memcpy(out, &some, sizeof some);
+                std::memcpy(acc + at / channels * kPanel + at % channels, total + part.value * width, width * sizeof *acc);
             }
         });
     });
@@ -157,9 +155,8 @@ class QuadDriver {
     explicit QuadDriver(const Matmul& args) : a_(args) {
         row_bytes_ = ceil_div(a_.k * Bits, 8);
         blocks_ = ceil_div(a_.k, L::block_codes);
-        parts_ = larger(1, ceil_div(blocks_ * L::block_bytes, kPartActivations));
-        part_blocks_ = ceil_div(blocks_, parts_);
-        m_block_ = smaller(a_.m, larger(MostRows, kQuadActivations / larger(1, blocks_ * L::block_bytes)));
+        q_row_ = blocks_ * L::block_bytes + kRowGap;
+        m_block_ = smaller(a_.m, larger(MostRows, kQuadActivations / q_row_));
         const bool serial = row_bytes_ * a_.n * a_.m < kSerialBytes;
         threads_ = serial ? 1 : static_cast<int>(smaller(a_.threads, ceil_div(a_.n, kStep)));
         ahead_ = larger(kAheadBytes, Channels * row_bytes_);
@@ -167,7 +164,7 @@ class QuadDriver {
     }
 
     void run() const {
-        const std::int64_t codes = m_block_ * (blocks_ * L::block_bytes + 4) + 2 * Carver::alignment;
+        const std::int64_t codes = m_block_ * (q_row_ + 4) + 2 * Carver::alignment;
         const Scratch shared(own_ ? 0 : codes, 1);
         const Scratch scratch((own_ ? codes : 0) + thread_bytes(), threads_);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
@@ -178,7 +175,7 @@ class QuadDriver {
                 Carver mine = scratch.of_this_thread();
                 Carver arranged = shared.of(0);
                 Carver& from = own_ ? mine : arranged;
-                const Activations q{from.template take<std::uint8_t>(m_block_ * blocks_ * L::block_bytes),
+                const Activations q{from.template take<std::uint8_t>(m_block_ * q_row_),
                                     from.template take<std::int32_t>(m_block_), m0, rows};
                 auto* fresh = mine.template take<std::int8_t>(a_.k);
                 if (own_) {
@@ -195,18 +192,19 @@ class QuadDriver {
     }
 
   private:
-    // Rows `m0 .. m0 + rows`, arranged, and the sums of their codes.
+    // Rows `m0 .. m0 + rows`, arranged, and the sums of their codes. Every tile gets its share of the rows, and of the
+    // vectors that memory is asked for.
     struct Activations {
         std::uint8_t* codes;
         std::int32_t* sums;
         std::int64_t m0, rows;
+        std::int64_t tiles = ceil_div(rows, MostRows);
+        Even tile_rows{rows, tiles}, tile_vectors{Channels, tiles};
     };
 
     std::int64_t thread_bytes() const {
         return a_.k + panel_scales_bytes(1) + m_block_ * kPanel * 4 + 8 * Carver::alignment;
     }
-
-    std::int64_t blocks_of(std::int64_t part) const { return smaller(part_blocks_, blocks_ - part * part_blocks_); }
 
     void load_codes(const Activations& q, std::int64_t m, std::int8_t* fresh) const {
         const std::int8_t* codes = a_.codes + (q.m0 + m) * a_.k;
@@ -216,12 +214,7 @@ class QuadDriver {
             quantize_span<Isa>(x, dtype, a_.k, 1.0f / *a_.output.input_scale, fresh);
             codes = fresh;
         }
-        q.sums[m] = 0;
-        for (std::int64_t part = 0; part < parts_; ++part) {
-            const std::int64_t first = part * part_blocks_, start = first * L::block_codes;
-            std::uint8_t* out = q.codes + (first * q.rows + blocks_of(part) * m) * L::block_bytes;
-            q.sums[m] += arrange<Isa, Bits>(codes + start, smaller(a_.k - start, part_blocks_ * L::block_codes), out);
-        }
+        q.sums[m] = arrange<Isa, Bits>(codes, a_.k, q.codes + m * q_row_);
     }
 
     void run_channels(const Activations& q, std::int64_t begin, std::int64_t end, Carver memory) const {
@@ -249,26 +242,19 @@ class QuadDriver {
     // Those past the last channel repeat it. From `ahead` to `last` memory is asked for.
     const std::uint8_t* run_quad(const Activations& q, std::int64_t n, const std::uint8_t* ahead, const std::uint8_t* last,
                                  std::int32_t* acc) const {
-        const std::int64_t tiles = ceil_div(q.rows, MostRows);
         Quad quad;
         quad.end = a_.w + a_.n * row_bytes_;
-        for (std::int64_t part = 0; part < parts_; ++part) {
-            const std::int64_t first = part * part_blocks_, blocks = blocks_of(part);
-            if (blocks <= 0) break;
-            for (std::int64_t r = 0; r < Channels; ++r) {
-                quad.row[r] = a_.w + smaller(n + r, a_.n - 1) * row_bytes_ + first * L::weight_bytes;
-            }
-            quad.bytes = smaller(row_bytes_ - first * L::weight_bytes, blocks * L::weight_bytes);
-            const std::uint8_t* codes = q.codes + first * q.rows * L::block_bytes;
-            for (std::int64_t tile = 0; tile < tiles; ++tile) {
-                const std::int64_t from = q.rows * tile / tiles, to = q.rows * (tile + 1) / tiles;
-                quad.ahead = ahead;
-                quad.share = (Channels * (tile + 1) / tiles - Channels * tile / tiles) * L::weight_bytes;
-                if (ahead >= last) quad.share = 0;
-                ahead += quad.share * blocks;
-                dot_quad_rows<Isa, Bits, Channels, MostRows>(to - from, quad, codes + from * blocks * L::block_bytes,
-                                         blocks * L::block_bytes, part == 0, acc + from * kPanel);
-            }
+        quad.bytes = row_bytes_;
+        for (std::int64_t r = 0; r < Channels; ++r) quad.row[r] = a_.w + smaller(n + r, a_.n - 1) * row_bytes_;
+        const std::uint8_t* codes = q.codes;
+        for (std::int64_t tile = 0; tile < q.tiles; ++tile) {
+            const std::int64_t rows = q.tile_rows.of(tile);
+            quad.ahead = ahead;
+            quad.share = ahead < last ? q.tile_vectors.of(tile) * L::weight_bytes : 0;
+            ahead += quad.share * blocks_;
+            dot_quad_rows<Isa, Bits, Channels, MostRows>(rows, quad, codes, q_row_, acc);
+            codes += rows * q_row_;
+            acc += rows * kPanel;
         }
         return ahead;
     }
@@ -293,7 +279,7 @@ class QuadDriver {
     }
 
     const Matmul& a_;
-    std::int64_t row_bytes_, blocks_, parts_, part_blocks_, m_block_, ahead_;
+    std::int64_t row_bytes_, blocks_, q_row_, m_block_, ahead_;
     int threads_;
     bool own_;
 };

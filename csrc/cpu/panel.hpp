@@ -103,8 +103,6 @@ std::int32_t arrange_steps(const std::int8_t* q, std::int64_t count, std::uint8_
     auto* lanes = reinterpret_cast<Element*>(out);
     // two int16 lanes of a channel are the even and the odd bytes of its word: see Tile in isa_avx2.cpp
     constexpr int place[4] = {0, sizeof(Element) == 2 ? 2 : 1, sizeof(Element) == 2 ? 1 : 2, 3};
-    std::int32_t sum = 0;
-    for (std::int64_t i = 0; i < count; ++i) sum += q[i];
     const auto word = [&](const std::int8_t* from) {
         for (int p = 0; p < Parts; ++p) {
             for (int i = 0; i < 4; ++i) lanes[p * 4 + place[i]] = from[i * Parts + p];
@@ -118,7 +116,7 @@ std::int32_t arrange_steps(const std::int8_t* q, std::int64_t count, std::uint8_
         std::memcpy(rest, q + k, count - k);
         word(rest);
     }
-    return sum;
+    return sum_of(q, count);
 }
 
 // What to ask memory for while a panel is dotted: a line with every step, as long as there are any.

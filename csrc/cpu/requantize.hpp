@@ -59,12 +59,13 @@ inline float round_any(float value) {
 
 // Scales of the panel's outputs and its bias.
 inline void prepare_outputs(const Output& o, std::int64_t groups, std::int64_t n0, std::int64_t count, PanelScales& p) {
+    const float all = o.output_scale && o.output_stride == 0 ? *o.output_scale : 1.0f;
     for (std::int64_t n = 0; n < kPanel; ++n) {
-        p.output[n] = 1.0f;
+        p.output[n] = all;
         p.bias_codes[n] = 0;
         p.bias[n] = 0.0f;
     }
-    if (o.output_scale) {
+    if (o.output_scale && o.output_stride != 0) {
         for (std::int64_t n = 0; n < count; ++n) p.output[n] = o.output_scale[(n0 + n) * o.output_stride];
     }
     if (o.bias == nullptr) return;

@@ -30,11 +30,11 @@ SERIAL_BYTES = 48 << 10  # kSerialBytes
 TILE_BYTES = 32 << 10  # kTileBytes
 QUAD_CHANNELS = {"avx2": 2}  # quad_channels: weight rows side by side; others have 4
 # quad_rows, of a tile; others have 2
-QUAD_ROWS = {"avx512amx": 6, "avx512vbmi": 6, "avx512vnni": 6, "avx2": 4, "dotprod": 6}
+QUAD_ROWS = {"avx512amx": 6, "avx512vbmi": 6, "avx512vnni": 6, "avx2": 6, "dotprod": 6}
 FEW_ROWS = {"avx2": 2}  # few_rows: so few have a tile of their own,
 FEW_CHANNELS = {"avx2": 4}  # few_channels
 # most_quad_rows: quads beat panels; others 0
-MOST_QUAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx512vnni": 64, "avx2": 24}
+MOST_QUAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx512vnni": 64, "avx2": 48}
 GROUP_PANEL_ROWS = {"avx2": 5}  # group_panel_rows: groups go to panels from here on; others as without groups
 # most_spread_rows, of those that spread other widths in registers
 MOST_SPREAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx2": 8}
