@@ -264,6 +264,28 @@ def test_bits_do_not_depend_on_threads_or_batch(isa, path, bits, group_size, thr
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_every_number_of_rows(isa, bits):
+    """Tiles of every height, evenly dealt out, and the loops on both sides of where one takes over from another."""
+    rng = generator(bits)
+    k, n = 200, 11
+    codes, q = random_codes(rng, bits, n, k), random_codes(rng, 8, 66, k)
+    for m in (*range(1, 27), 48, 49, 64, 65):
+        for path in ("packed", "unpacked") if bits in cpu.PACKED_BITS else ("unpacked",):
+            check_accumulate(isa, path, bits, q[:m], codes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", cpu.PACKED_BITS)
+def test_sums_of_long_rows_of_extreme_codes(isa, bits):
+    """More activations of -128 than 16 bits hold the sum of, and a number that is no whole vector."""
+    codes = np.full((5, 12301), -(1 << (bits - 1)), np.int8)
+    for value in (-128, 127):
+        for m in (1, 2, 6, 70):
+            check_accumulate(isa, "packed", bits, np.full((m, 12301), value, np.int8), codes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_rows_beyond_one_block_of_activations(isa):
     rng = generator()
     for bits, path in ((8, "packed"), (2, "packed"), (5, "unpacked")):

@@ -26,7 +26,7 @@ using WithoutTiles = Avx512Vnni;
 
 using Matrix = MatrixTile<WithoutTiles::Tile>;
 
-constexpr std::int64_t kMostOtherRows = 16;  // rows that are as fast without tile registers
+constexpr std::int64_t kMostOtherRows = 12;  // rows that are as fast without tile registers
 
 }  // namespace
 

@@ -59,9 +59,10 @@ struct Avx512Vnni {
     static constexpr int sums = 12;
     static constexpr int quad_channels = 4;
     static constexpr int quad_rows = 6;
-    static constexpr int most_quad_rows = 64;
+    static constexpr int most_quad_rows = 20;
     static constexpr int most_spread_rows = 64;
     static constexpr int prefetch_bytes = 2048;
+    static constexpr int fetches_ahead = 8192;  // bytes, of a row of 4 or 8 bits
     static constexpr int table_rows = 4;
 
     using Vector = __m512i;

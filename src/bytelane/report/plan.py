@@ -34,10 +34,10 @@ QUAD_ROWS = {"avx512amx": 6, "avx512vbmi": 6, "avx512vnni": 6, "avx2": 6, "dotpr
 FEW_ROWS = {"avx2": 2}  # few_rows: so few have a tile of their own,
 FEW_CHANNELS = {"avx2": 4}  # few_channels
 # most_quad_rows: quads beat panels; others 0
-MOST_QUAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx512vnni": 64, "avx2": 48}
+MOST_QUAD_ROWS = {"avx512amx": 12, "avx512vbmi": 20, "avx512vnni": 20, "avx2": 48}
 GROUP_PANEL_ROWS = {"avx2": 5}  # group_panel_rows: groups go to panels from here on; others as without groups
 # most_spread_rows, of those that spread other widths in registers
-MOST_SPREAD_ROWS = {"avx512amx": 16, "avx512vbmi": 64, "avx2": 8}
+MOST_SPREAD_ROWS = {"avx512amx": 12, "avx512vbmi": 64, "avx2": 8}
 IN_TILE_REGISTERS = {"avx512amx"}  # multiply panels without groups in them
 
 
