@@ -29,7 +29,7 @@ namespace bytelane::cpu {
 namespace {
 
 constexpr std::int64_t kPanelBytes = 256 << 10;
-constexpr std::int64_t kSliceBytes = 16 << 10;  // of a part, where a panel has several slices
+constexpr std::int64_t kSliceBytes = 32 << 10;  // of a part, where a panel has several slices
 constexpr std::int64_t kBatchBytes = 128 << 10;  // of activations that all slices of a part read in turn
 constexpr std::int64_t kBlockBytes = 4 << 20;  // arranged activations of one block of rows
 constexpr std::int64_t kBlockRows = 1024;
