@@ -206,7 +206,7 @@ inline std::int64_t whole_blocks(const std::uint8_t* w, std::int64_t bytes, cons
 
 // Where the dots of a byte are many its loads reach the memory late, and what the processor fetches ahead by itself is
 // not enough. Into the second level: the first has few misses in flight.
-// Zen 3 and Sapphire Rapids gain at 4 and 8 bits too, and say so (`fetches_ahead`).
+// Zen 3 gains at 4 and 8 bits too, Sapphire Rapids at 4, and they say so (`fetches_ahead`).
 template <class Isa, int Bits>
 inline void prefetch(const std::uint8_t* p) {
     if constexpr (Bits == 2 || Bits == 3) {

@@ -203,6 +203,7 @@ struct Portable {
         for (int i = 0; i < 4; ++i) v.part[i] = a.part[i] * b.part[i];
         return v;
     }
+
     // clamp(rne(v), -128, 127), NaN to 127. Two loops, because in one GCC packs the comparisons' masks down to bytes, which
     // costs more than the arithmetic.
     static void store_codes(const Floats& v, std::int8_t* q) {

@@ -6,11 +6,12 @@
 //         for a part of k                       as much of the panel as stays in the second-level cache
 //           fill the panel
 //           for a batch of activation rows      as many as stay in the second-level cache
-//             for a slice of the channels       as many as a tile has: a part of them stays in the first-level cache
+//             for a slice of the channels       as many as a tile has: a part of them is about a first-level cache
 //               for a tile of activation rows   dot; after the last slice of the last part requantize the tile
 //
 // A tile of 64 channels reads few bytes of codes for its multiply-adds: a slice is the whole panel, and a batch all rows.
-// One of 16 channels reads four times as many, too many for the second-level cache, and its parts of k are shorter.
+// One of 16 channels reads four times as many, too many for the second-level cache, and its parts of k are shorter; not
+// so short that all of it stays in the first level, because beginning and ending a tile costs more than that.
 //
 // Tiles are even: 13 rows of 6 are 5 + 4 + 4. Those of tile registers (amx.hpp) are full, but for the last one. Groups
 // come in ascending order, whatever the parts of k.
