@@ -20,6 +20,14 @@ namespace {
 
 constexpr int kChunk = 64;
 
+// `count` things dealt out evenly: the first ones get one more.
+struct Even {
+    std::int64_t each, more;
+
+    Even(std::int64_t count, std::int64_t among) : each(count / among), more(count % among) {}
+    std::int64_t of(std::int64_t i) const { return each + (i < more ? 1 : 0); }
+};
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }

@@ -356,6 +356,11 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(q), codes);
     }
 
+    // Of eight totals: see requantize.hpp.
+    static __m256 clamp_lanes(__m256 v) {
+        return _mm256_max_ps(_mm256_min_ps(v, _mm256_set1_ps(127.0f)), _mm256_set1_ps(-128.0f));
+    }
+
     static __m256 round_bfloat_8(__m256 v) {  // round_to_bfloat of every lane
         const __m256i bits = _mm256_castps_si256(v);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

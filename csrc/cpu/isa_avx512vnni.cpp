@@ -285,6 +285,10 @@ struct Avx512Vnni {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(rounded));
     }
 
+    static Floats clamp_lanes(Floats v) {  // see requantize.hpp
+        return _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(127.0f)), _mm512_set1_ps(-128.0f));
+    }
+
     static Floats round_bfloat(Floats v) {  // round_to_bfloat of every lane
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

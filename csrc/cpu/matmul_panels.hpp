@@ -201,14 +201,14 @@ class PanelDriver {
             for (std::int64_t some = 0; some < batches; ++some) {
                 const std::int64_t begin = rows * some / batches, end = rows * (some + 1) / batches;
                 const std::int64_t tiles = ceil_div(end - begin, Tile::rows);
+                const Even tile_rows{end - begin, larger(1, tiles)};
                 for (std::int64_t c = 0; c < channels; c += slice) {
-                    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                    for (std::int64_t tile = 0, from = begin, to; tile < tiles; ++tile, from = to) {
                         next.ask(row_bytes_);
-                        std::int64_t from = begin + (end - begin) * tile / tiles;
-                        std::int64_t to = begin + (end - begin) * (tile + 1) / tiles;
-                        if (kWhole) from = begin + tile * Tile::rows, to = smaller(end, from + Tile::rows);
+                        to = kWhole ? smaller(end, from + Tile::rows) : from + tile_rows.of(tile);
                         const std::int64_t kept = keeps() ? from * kPanel : 0;
                         const Piece piece{n0, channels, step, count, block.from + from, to - from, c, smaller(slice, channels - c)};
+                        if (turns && piece.last_slice() && a_.acc == nullptr) ask_outputs(piece, block);
                         if constexpr (!kWhole) {
                             if (groups_ > 1 && !bare_groups) {
                                 dot_group_tile(piece, block, panel, scales, ahead, total + kept);
@@ -253,6 +253,22 @@ class PanelDriver {
         }
     }
 
+    // Where the outputs of row i of a piece are.
+    std::uint8_t* outputs(const Piece& p, const Block& block, std::int64_t i) const {
+        const std::int64_t at = (block.m0 + p.row + i) * a_.n + p.n0;
+        return static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
+    }
+
+    // Memory is asked for the lines that a tile's outputs will be written to while the tile is dotted: rows of outputs are
+    // far apart. (Not inlined, GCC 12 takes a function that only asks for one without effect, and drops the call.)
+    [[gnu::always_inline]] void ask_outputs(const Piece& p, const Block& block) const {
+        const std::int64_t bytes = p.channels * element_bytes(a_.output.dtype);
+        for (std::int64_t i = 0; i < p.rows; ++i) {
+            const std::uint8_t* y = outputs(p, block, i);
+            for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(y + at, 1, 2);
+        }
+    }
+
     // A part of k is whole groups; the last one finishes the rows.
     void dot_group_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales,
                         Ahead& ahead, float* total) const {
@@ -266,9 +282,7 @@ class PanelDriver {
                                     p.some, groups, ahead, total + p.c);
         if (p.step + p.count < groups_ * steps_ || !p.last_slice()) return;
         for (std::int64_t i = 0; i < p.rows; ++i) {
-            auto* y = static_cast<std::uint8_t*>(a_.output.y);
-            y += ((block.m0 + p.row + i) * a_.n + p.n0) * element_bytes(a_.output.dtype);
-            finish_total<Isa>(total + i * kPanel, scales, a_.output, groups_, p.channels, y);
+            finish_total<Isa>(total + i * kPanel, scales, a_.output, groups_, p.channels, outputs(p, block, i));
         }
     }
 
@@ -303,17 +317,16 @@ class PanelDriver {
     void finish(const Piece& p, const Block& block, std::int64_t i, std::int64_t g, const PanelScales& scales,
                 const std::int32_t* all_acc) const {
         const std::int32_t* acc = all_acc + i * kPanel;
-        const std::int64_t m = block.m0 + p.row + i, at = m * a_.n + p.n0;
         const auto start = static_cast<std::uint32_t>(block.sums[(p.row + i) * groups_ + g]);
         if (a_.acc != nullptr) {
+            const std::int64_t at = (block.m0 + p.row + i) * a_.n + p.n0;
             for (std::int64_t n = 0; n < p.channels; ++n) {
                 const auto whole = static_cast<std::uint32_t>(acc[n]) + start;
                 a_.acc[(at + n) * groups_ + g] = static_cast<std::int32_t>(whole);
             }
             return;
         }
-        auto* y = static_cast<std::uint8_t*>(a_.output.y) + at * element_bytes(a_.output.dtype);
-        finish_panel<Isa>(acc, scales, a_.output, 1, p.channels, y, start);
+        finish_panel<Isa>(acc, scales, a_.output, 1, p.channels, outputs(p, block, i), start);
     }
 
     const Matmul& a_;

@@ -59,14 +59,6 @@ struct Quad {
     std::int64_t share;
 };
 
-// `count` things dealt out evenly: the first ones get one more.
-struct Even {
-    std::int64_t each, more;
-
-    Even(std::int64_t count, std::int64_t among) : each(count / among), more(count % among) {}
-    std::int64_t of(std::int64_t i) const { return each + (i < more ? 1 : 0); }
-};
-
 // MR rows of arranged activations against `Channels` weight rows: acc[m * kPanel + 0 ..] are the dots.
 template <class Isa, int Bits, int Channels, int MR>
 [[gnu::noinline]] void dot_quad(const Quad& quad, const std::uint8_t* q, std::int64_t q_stride, std::int32_t* acc) {

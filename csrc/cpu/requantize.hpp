@@ -159,19 +159,29 @@ inline bool passes_once(const Output& o, std::int64_t count) {
     return o.output_scale != nullptr && o.dtype != Dtype::float16 && count % kStep == 0;
 }
 
+// clamp(v, -128, 127), NaN to 127, as clamp_nan_high: by instructions of the instruction set, of which GCC makes four.
+template <class Isa, class Floats>
+[[gnu::always_inline]] inline Floats clamp_lanes(Floats v) {
+    if constexpr (requires { Isa::clamp_lanes(v); }) {
+        return Isa::clamp_lanes(v);
+    } else {
+        const Floats high = Floats{} + 127.0f, low = Floats{} - 128.0f;
+        v = v < high ? v : high;
+        return v > low ? v : low;
+    }
+}
+
 // Totals, as `total_at(n)` gives a vector's from n on, to codes and to outputs at y, never leaving registers.
-template <class L, class TotalAt>
+template <class Isa, class L, class TotalAt>
 [[gnu::always_inline]] inline void finish_steps(const PanelScales& p, Dtype dtype, std::int64_t count, void* y,
                                                 const TotalAt& total_at) {
     using Floats = typename L::Floats;
     using Bits = typename L::Bits;
     constexpr std::int64_t lanes = sizeof(Floats) / sizeof(float);
-    const Floats high = Floats{} + 127.0f, low = Floats{} - 128.0f, magic = Floats{} + 12582912.0f;
+    const Floats magic = Floats{} + 12582912.0f;
     const auto value_at = [&](std::int64_t n) __attribute__((always_inline)) {
-        Floats v = total_at(n);
-        v = v < high ? v : high;  // as clamp_nan_high, then round_small
-        v = v > low ? v : low;
-        v = (v + magic) - magic;
+        Floats v = clamp_lanes<Isa, Floats>(total_at(n));
+        v = (v + magic) - magic;  // as round_small
         return Floats(v * load_lanes<Floats>(p.output + n));
     };
     if (dtype == Dtype::float32) {
@@ -199,7 +209,7 @@ void finish_total(float* __restrict total, const PanelScales& p, const Output& o
                   std::int64_t count, void* y) {
     using L = Lanes<Isa::Tile::lanes>;
     if (passes_once(o, count) && !(o.bias != nullptr && groups > 1)) {
-        finish_steps<L>(p, o.dtype, count, y, [&](std::int64_t n) __attribute__((always_inline)) {
+        finish_steps<Isa, L>(p, o.dtype, count, y, [&](std::int64_t n) __attribute__((always_inline)) {
             return load_lanes<typename L::Floats>(total + n);
         });
         return;
@@ -224,7 +234,7 @@ void finish_panel(const std::int32_t* acc, const PanelScales& p, const Output& o
     if (groups == 1 && passes_once(o, count)) {
         using Floats = typename L::Floats;
         using Bits = typename L::Bits;
-        finish_steps<L>(p, o.dtype, count, y, [&](std::int64_t n) __attribute__((always_inline)) {
+        finish_steps<Isa, L>(p, o.dtype, count, y, [&](std::int64_t n) __attribute__((always_inline)) {
             const Bits biased = load_lanes<Bits>(acc + n) + start + load_lanes<Bits>(p.bias_codes + n);
             const Floats whole = __builtin_convertvector(reinterpret_cast<typename L::Ints>(biased), Floats);
             return Floats(whole * load_lanes<Floats>(p.scale + n));
