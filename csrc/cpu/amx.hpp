@@ -104,24 +104,27 @@ struct MatrixTile : Bytes {
     static_assert(Bytes::q_step == 4 && Bytes::step_bytes == Bytes::lanes * 4);
 
     // `rows` rows of arranged activations against `steps` steps of a panel, a multiple of `whole_steps`:
-    // acc[m * kPanel + c] (+)= the dots, of 16 or 32 rows.
+    // acc[m * kPanel + c] (+)= the dots, of 16 or 32 rows. `beside` is called with every 16 steps of
+    // a row of tiles, for work in vector registers that the tile registers' own hides.
+    template <class Beside>
     static void dot(std::int64_t count, const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps,
                     const std::uint8_t* q, std::int64_t q_stride, std::int64_t channels, bool first, Ahead& ahead,
-                    std::int32_t* acc) {
+                    std::int32_t* acc, const Beside& beside) {
         Registers::configure();
         if (count > kRegisterRows) {
-            dot_blocks<2, 2>(panel, block_bytes, steps, q, q_stride, channels, first, ahead, acc);
+            dot_blocks<2, 2>(panel, block_bytes, steps, q, q_stride, channels, first, ahead, acc, beside);
         } else {
-            dot_blocks<1, 4>(panel, block_bytes, steps, q, q_stride, channels, first, ahead, acc);
+            dot_blocks<1, 4>(panel, block_bytes, steps, q, q_stride, channels, first, ahead, acc, beside);
         }
         Registers::release();
     }
 
   private:
     // Registers 0 to 3 are the sums of `Rows` x `Columns` tiles, then come the activations, and what is left takes turns.
-    template <int Rows, int Columns>
+    template <int Rows, int Columns, class Beside>
     static void dot_blocks(const std::uint8_t* panel, std::int64_t block_bytes, std::int64_t steps, const std::uint8_t* q,
-                           std::int64_t q_stride, std::int64_t channels, bool first, Ahead& ahead, std::int32_t* acc) {
+                           std::int64_t q_stride, std::int64_t channels, bool first, Ahead& ahead, std::int32_t* acc,
+                           const Beside& beside) {
         static_assert(Rows * Columns == 4);
         constexpr std::int64_t lanes = Bytes::lanes, acc_stride = kPanel * 4;
         const std::int64_t ahead_step = ahead.step(steps);
@@ -142,6 +145,7 @@ struct MatrixTile : Bytes {
             });
             for (std::int64_t step = 0; step < steps; step += kRegisterRows) {
                 for (int i = 0; i < kRegisterRows; ++i, ahead.next += ahead_step) __builtin_prefetch(ahead.next, 0, 2);
+                beside();
                 unroll<Rows>([&](auto r) __attribute__((always_inline)) {
                     Registers::template load<4 + r.value, 64>(q + r.value * kRegisterRows * q_stride + step * 4, q_stride);
                 });

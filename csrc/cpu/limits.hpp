@@ -85,7 +85,7 @@ std::int64_t peak_blocks(const PeakDots& args) {
         shares.run([&](std::int64_t from, std::int64_t to) {
             for (std::int64_t i = from; i < to; ++i) {
                 Ahead nothing{panel, panel};
-                Tile::dot(Tile::rows, panel, block_bytes, steps, q, q_bytes, kPanel, true, nothing, acc);
+                Tile::dot(Tile::rows, panel, block_bytes, steps, q, q_bytes, kPanel, true, nothing, acc, [] {});
             }
         });
         asm volatile("" : : "r"(acc) : "memory");

@@ -117,7 +117,7 @@ class PanelDriver {
 
     // Accumulators and totals of every row are kept from one part of k or slice to the next, or of one tile only.
     bool keeps() const { return k_parts_ > 1 || kSlice < kPanel; }
-    std::int64_t kept_rows() const { return keeps() ? reached(m_block_) : Tile::rows; }
+    std::int64_t kept_rows() const { return keeps() ? reached(m_block_) : (kWhole ? 2 : 1) * Tile::rows; }
 
     std::int64_t thread_bytes() const {
         const std::int64_t panel = kBlocks * block_bytes(part_steps_) + panel_scales_bytes(groups_) + kept_rows() * kPanel * 8;
@@ -192,6 +192,7 @@ class PanelDriver {
         const std::int64_t slice = bare_groups ? kPanel : kSlice;
         Ahead ahead = next_panel(n0, panel);
         const bool apart = kSlice < kPanel && ahead.next == ahead.end;  // the next panel is too much to ask for at once
+        Dotted dotted{};
         for (std::int64_t step = 0; step < all_steps || step == 0; step += larger(part_steps_, 1)) {
             const std::int64_t count = smaller(part_steps_, all_steps - step);
             fill(n0, channels, step, count, panel);
@@ -206,7 +207,7 @@ class PanelDriver {
                     for (std::int64_t tile = 0, from = begin, to; tile < tiles; ++tile, from = to) {
                         next.ask(row_bytes_);
                         to = kWhole ? smaller(end, from + Tile::rows) : from + tile_rows.of(tile);
-                        const std::int64_t kept = keeps() ? from * kPanel : 0;
+                        const std::int64_t kept = keeps() ? from * kPanel : kWhole ? tile % 2 * Tile::rows * kPanel : 0;
                         const Piece piece{n0, channels, step, count, block.from + from, to - from, c, smaller(slice, channels - c)};
                         if (turns && piece.last_slice() && a_.acc == nullptr) ask_outputs(piece, block);
                         if constexpr (!kWhole) {
@@ -215,11 +216,16 @@ class PanelDriver {
                                 continue;
                             }
                         }
-                        dot_tile(piece, block, panel, scales, ahead, acc + kept);
+                        if constexpr (kWhole) {
+                            dot_whole(piece, block, panel, scales, ahead, acc + kept, dotted);
+                        } else {
+                            dot_tile(piece, block, panel, scales, ahead, acc + kept);
+                        }
                     }
                 }
             }
         }
+        dotted.finish(*this, block, scales, dotted.piece.rows);
     }
 
     // Steps `step .. step + count` of a panel against `rows` rows of a block, from row `row` on, for `some` of its channels,
@@ -239,12 +245,8 @@ class PanelDriver {
             const std::uint8_t* w = panel + done * Tile::step_bytes;
             const std::uint8_t* q = block.q + p.row * q_row_ + (p.step + done) * Tile::q_step;
             const bool first = groups_ > 1 || p.step == 0;
-            if constexpr (kWhole) {
-                Tile::dot(p.rows, w, block_bytes, now, q, q_row_, p.some, first, ahead, acc + p.c);
-            } else {
-                dot_panel_rows<Tile>(p.rows, w, block_bytes, now, Tile::flush_steps(a_.bits), q, q_row_, p.some, first,
-                                     ahead, acc + p.c);
-            }
+            dot_panel_rows<Tile>(p.rows, w, block_bytes, now, Tile::flush_steps(a_.bits), q, q_row_, p.some, first, ahead,
+                                 acc + p.c);
             done += larger(now, 1);
             const bool last = p.step + done >= groups_ * steps_;
             if (groups_ > 1 || (last && p.last_slice())) {
@@ -267,6 +269,28 @@ class PanelDriver {
             const std::uint8_t* y = outputs(p, block, i);
             for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(y + at, 1, 2);
         }
+    }
+
+    // A tile of tile registers whose dots are complete, and how many of its rows are finished.
+    struct Dotted {
+        Piece piece;
+        const std::int32_t* acc;
+        std::int64_t finished;
+
+        void finish(const PanelDriver& driver, const Block& block, const PanelScales& scales, std::int64_t some) {
+            for (; some > 0 && finished < piece.rows; --some, ++finished) driver.finish(piece, block, finished, 0, scales, acc);
+        }
+    };
+
+    // The registers' sums reach memory late: read at once they would be waited for. So the rows of a tile are finished while
+    // the next one is dotted.
+    void dot_whole(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales, Ahead& ahead,
+                   std::int32_t* acc, Dotted& before) const {
+        const std::uint8_t* q = block.q + p.row * q_row_ + p.step * Tile::q_step;
+        Tile::dot(p.rows, panel, block_bytes(p.count), p.count, q, q_row_, p.some, p.step == 0, ahead, acc,
+                  [&]() __attribute__((always_inline)) { before.finish(*this, block, scales, 1); });
+        before.finish(*this, block, scales, before.piece.rows);
+        if (p.step + p.count >= steps_) before = {p, acc, 0};
     }
 
     // A part of k is whole groups; the last one finishes the rows.
