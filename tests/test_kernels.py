@@ -294,6 +294,17 @@ def test_rows_beyond_one_block_of_activations(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("m", "n", "k"), [(270, 1029, 4000), (100, 580, 12300)])
+def test_more_activations_than_stay_beside_a_panel(isa, m, n, k, threads):
+    """Tile registers then take panels side by side, the last of them alone; whole rows, and parts of k."""
+    rng = generator(m)
+    x = torch.from_numpy(rng.normal(0, 2, (m, k)).astype(np.float32)).to(torch.bfloat16)
+    for count in (1, 2):
+        threads(count)
+        check_linear(isa, "packed", 4, x, *random_layer(rng, n, k, 4))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_shapes_and_strides_of_activations(isa):
     rng = generator()
     codes, weight_scale, s_in, s_out, _ = random_layer(rng, 9, 48, 4)

@@ -34,6 +34,9 @@ constexpr std::int64_t kSliceBytes = 32 << 10;  // of a part, where a panel has 
 constexpr std::int64_t kBatchBytes = 128 << 10;  // of activations that all slices of a part read in turn
 constexpr std::int64_t kBlockBytes = 4 << 20;  // arranged activations of one block of rows
 constexpr std::int64_t kBlockRows = 1024;
+constexpr std::int64_t kWideBlockBytes = 1 << 20;  // arranged activations that do not stay beside panels in the second level
+constexpr std::int64_t kWideBatchBytes = 256 << 10;  // of them, that panels side by side read in turn
+constexpr std::int64_t kMostWide = 4;                // panels side by side
 constexpr std::int64_t kSplitRows = 96;        // rows worth filling a panel for a second time, on another thread
 
 // Tiles that are multiplied as a whole take parts of k of so many steps, with zeros past a row's end.
@@ -70,7 +73,10 @@ class PanelDriver {
         part_steps_ = ceil_div(ceil_div(all, parts), larger(whole, 1)) * whole;
         k_parts_ = ceil_div(all, larger(part_steps_, 1));
         m_block_ = smaller(a_.m, larger(Tile::rows, smaller(kBlockBytes / q_row_, kBlockRows)));
-        const std::int64_t panels = ceil_div(a_.n, kPanel);
+        // enough tasks are left for all threads to end together
+        const bool passes = kWhole && m_block_ * q_row_ > kWideBlockBytes;
+        wide_ = passes ? larger(1, smaller(kMostWide, ceil_div(a_.n, kPanel) / (4 * a_.threads))) : 1;
+        const std::int64_t panels = ceil_div(a_.n, kPanel * wide_);
         splits_ = larger(1, smaller(4 * a_.threads / panels, m_block_ / kSplitRows));
         threads_ = static_cast<int>(smaller(a_.threads, panels * splits_));
     }
@@ -81,7 +87,7 @@ class PanelDriver {
         auto* q = memory.take<std::uint8_t>(reached(m_block_) * q_row_);
         auto* sums = memory.take<std::int32_t>(m_block_ * groups_);
         const Scratch scratch(thread_bytes(), threads_);
-        const std::int64_t panels = ceil_div(a_.n, kPanel);
+        const std::int64_t panels = ceil_div(a_.n, kPanel * wide_);
         for (std::int64_t m0 = 0; m0 < a_.m; m0 += m_block_) {
             const std::int64_t rows = smaller(m_block_, a_.m - m0);
             Shares tasks(panels * splits_, 1, threads_);
@@ -93,7 +99,7 @@ class PanelDriver {
                     for (std::int64_t task = begin; task < end; ++task) {
                         const std::int64_t split = task % splits_, from = rows * split / splits_;
                         const Block block{q, sums, m0, from, rows * (split + 1) / splits_};
-                        run_panel(task / splits_ * kPanel, block, mine);
+                        run_panels(task / splits_ * kPanel * wide_, block, mine);
                     }
                 });
             });
@@ -106,6 +112,47 @@ class PanelDriver {
         const std::uint8_t* q;
         const std::int32_t* sums;
         std::int64_t m0, from, to;
+    };
+
+    // A panel of a task: its channels, what they are requantized with, and all that is kept of them.
+    struct Panel {
+        std::int64_t n0, channels;
+        PanelScales scales;
+        std::uint8_t* filled;
+        std::int32_t* acc;
+        float* total;
+    };
+
+    // Steps `step .. step + count` of a panel against `rows` rows of a block, from row `row` on, for `some` of its channels,
+    // from channel `c` on.
+    struct Piece {
+        std::int64_t n0, channels, step, count, row, rows, c, some;
+
+        bool last_slice() const { return c + some == channels; }
+    };
+
+    // A tile of tile registers whose dots are complete, and how many of its rows are finished.
+    struct Dotted {
+        Piece piece;
+        const PanelScales* scales;
+        const std::int32_t* acc;
+        std::int64_t finished;
+
+        void finish(const PanelDriver& driver, const Block& block, std::int64_t some) {
+            for (; some > 0 && finished < piece.rows; --some, ++finished) driver.finish(piece, block, finished, 0, *scales, acc);
+        }
+    };
+
+    // The codes of a part of k, where whole rows are too long to ask for: some rows of them with every tile.
+    struct Part {
+        const std::uint8_t* first;
+        std::int64_t rows, bytes, share;
+
+        void ask(std::int64_t stride) {
+            for (std::int64_t some = smaller(share, rows); some > 0; --some, --rows, first += stride) {
+                for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 2);
+            }
+        }
     };
 
     static std::int64_t block_bytes(std::int64_t steps) { return steps * Tile::step_bytes + kBlockGap; }
@@ -121,7 +168,7 @@ class PanelDriver {
 
     std::int64_t thread_bytes() const {
         const std::int64_t panel = kBlocks * block_bytes(part_steps_) + panel_scales_bytes(groups_) + kept_rows() * kPanel * 8;
-        return larger(panel, a_.k) + 8 * Carver::alignment;
+        return larger(wide_ * (panel + 7 * Carver::alignment), a_.k) + Carver::alignment;
     }
 
     void load_codes(std::int64_t m, std::int64_t at, std::uint8_t* q, std::int32_t* sums, Carver memory) const {
@@ -179,62 +226,77 @@ class PanelDriver {
         }
     }
 
-    void run_panel(std::int64_t n0, const Block& block, Carver memory) const {
-        const std::int64_t channels = smaller(kPanel, a_.n - n0), rows = block.to - block.from;
-        PanelScales scales = take_panel_scales(memory, groups_);
-        auto* panel = memory.take<std::uint8_t>(kBlocks * block_bytes(part_steps_));
-        auto* acc = memory.take<std::int32_t>(kept_rows() * kPanel);
-        auto* total = memory.take<float>(kept_rows() * kPanel);
-        if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, channels, scales);
-        const std::int64_t all_steps = groups_ * steps_;
-        const std::int64_t batches = kSlice < kPanel ? ceil_div(rows * part_steps_ * Tile::q_step, kBatchBytes) : 1;
-        const bool bare_groups = groups_ > 1 && a_.acc != nullptr;
-        const std::int64_t slice = bare_groups ? kPanel : kSlice;
-        Ahead ahead = next_panel(n0, panel);
+    Panel take_panel(std::int64_t n0, Carver& memory) const {
+        Panel panel{n0, smaller(kPanel, a_.n - n0), take_panel_scales(memory, groups_), nullptr, nullptr, nullptr};
+        panel.filled = memory.take<std::uint8_t>(kBlocks * block_bytes(part_steps_));
+        panel.acc = memory.take<std::int32_t>(kept_rows() * kPanel);
+        panel.total = memory.take<float>(kept_rows() * kPanel);
+        if (a_.acc == nullptr) prepare_panel(a_.output, groups_, n0, panel.channels, panel.scales);
+        return panel;
+    }
+
+    // Panels side by side, from channel n0 on, against the rows of a block.
+    void run_panels(std::int64_t n0, const Block& block, Carver memory) const {
+        Panel panels[kMostWide];
+        const std::int64_t wide = smaller(wide_, ceil_div(a_.n - n0, kPanel)), rows = block.to - block.from;
+        for (std::int64_t i = 0; i < wide; ++i) panels[i] = take_panel(n0 + i * kPanel, memory);
+        const std::int64_t all_steps = groups_ * steps_, after = n0 + wide * kPanel;
+        const std::int64_t batches = this->batches(rows), unit = kWhole ? Tile::rows : 1, units = ceil_div(rows, unit);
+        const std::int64_t slice = bare_groups() ? kPanel : kSlice;
+        Ahead ahead = next_panels(after, panels[0].filled);
         const bool apart = kSlice < kPanel && ahead.next == ahead.end;  // the next panel is too much to ask for at once
         Dotted dotted{};
         for (std::int64_t step = 0; step < all_steps || step == 0; step += larger(part_steps_, 1)) {
             const std::int64_t count = smaller(part_steps_, all_steps - step);
-            fill(n0, channels, step, count, panel);
+            for (std::int64_t i = 0; i < wide; ++i) fill(panels[i].n0, panels[i].channels, step, count, panels[i].filled);
             const bool turns = step + count >= all_steps;  // to the next panel
-            Part next = part_ahead(apart, turns ? n0 + kPanel : n0, turns ? 0 : step + count,
-                                   batches * ceil_div(channels, slice) * ceil_div(rows, batches * Tile::rows));
+            Part next = part_ahead(apart, turns ? after : n0, turns ? 0 : step + count,
+                                   batches * ceil_div(panels[0].channels, slice) * ceil_div(rows, batches * Tile::rows));
             for (std::int64_t some = 0; some < batches; ++some) {
-                const std::int64_t begin = rows * some / batches, end = rows * (some + 1) / batches;
-                const std::int64_t tiles = ceil_div(end - begin, Tile::rows);
-                const Even tile_rows{end - begin, larger(1, tiles)};
-                for (std::int64_t c = 0; c < channels; c += slice) {
-                    for (std::int64_t tile = 0, from = begin, to; tile < tiles; ++tile, from = to) {
-                        next.ask(row_bytes_);
-                        to = kWhole ? smaller(end, from + Tile::rows) : from + tile_rows.of(tile);
-                        const std::int64_t kept = keeps() ? from * kPanel : kWhole ? tile % 2 * Tile::rows * kPanel : 0;
-                        const Piece piece{n0, channels, step, count, block.from + from, to - from, c, smaller(slice, channels - c)};
-                        if (turns && piece.last_slice() && a_.acc == nullptr) ask_outputs(piece, block);
-                        if constexpr (!kWhole) {
-                            if (groups_ > 1 && !bare_groups) {
-                                dot_group_tile(piece, block, panel, scales, ahead, total + kept);
-                                continue;
-                            }
-                        }
-                        if constexpr (kWhole) {
-                            dot_whole(piece, block, panel, scales, ahead, acc + kept, dotted);
-                        } else {
-                            dot_tile(piece, block, panel, scales, ahead, acc + kept);
-                        }
+                const std::int64_t begin = units * some / batches * unit;
+                const std::int64_t end = smaller(rows, units * (some + 1) / batches * unit);
+                for (std::int64_t i = 0; i < wide; ++i) {
+                    for (std::int64_t c = 0; c < panels[i].channels; c += slice) {
+                        const Piece piece{panels[i].n0, panels[i].channels, step, count, begin, end - begin, c,
+                                          smaller(slice, panels[i].channels - c)};
+                        run_tiles(piece, block, panels[i], next, ahead, dotted);
                     }
                 }
             }
         }
-        dotted.finish(*this, block, scales, dotted.piece.rows);
+        dotted.finish(*this, block, dotted.piece.rows);
     }
 
-    // Steps `step .. step + count` of a panel against `rows` rows of a block, from row `row` on, for `some` of its channels,
-    // from channel `c` on.
-    struct Piece {
-        std::int64_t n0, channels, step, count, row, rows, c, some;
+    // As many rows as the slices, or the panels side by side, can read in turn from the second-level cache.
+    std::int64_t batches(std::int64_t rows) const {
+        const std::int64_t bytes = rows * part_steps_ * Tile::q_step;
+        if (kWhole) return wide_ > 1 ? smaller(ceil_div(rows, Tile::rows), ceil_div(bytes, kWideBatchBytes)) : 1;
+        return kSlice < kPanel ? ceil_div(bytes, kBatchBytes) : 1;
+    }
 
-        bool last_slice() const { return c + some == channels; }
-    };
+    bool bare_groups() const { return groups_ > 1 && a_.acc != nullptr; }
+
+    // The rows of a piece, counted from the block's first, in tiles.
+    void run_tiles(const Piece& all, const Block& block, const Panel& panel, Part& next, Ahead& ahead, Dotted& dotted) const {
+        const std::int64_t end = all.row + all.rows, tiles = ceil_div(all.rows, Tile::rows);
+        const Even tile_rows{all.rows, larger(1, tiles)};
+        for (std::int64_t tile = 0, from = all.row, to; tile < tiles; ++tile, from = to) {
+            next.ask(row_bytes_);
+            to = kWhole ? smaller(end, from + Tile::rows) : from + tile_rows.of(tile);
+            Piece piece = all;
+            piece.row = block.from + from, piece.rows = to - from;
+            const bool turns = piece.step + piece.count >= groups_ * steps_;
+            if (turns && piece.last_slice() && a_.acc == nullptr) ask_outputs(piece, block);
+            const std::int64_t kept = keeps() ? from * kPanel : kWhole ? from / Tile::rows % 2 * Tile::rows * kPanel : 0;
+            if constexpr (kWhole) {
+                dot_whole(piece, block, panel, ahead, panel.acc + kept, dotted);
+            } else if (groups_ > 1 && !bare_groups()) {
+                dot_group_tile(piece, block, panel.filled, panel.scales, ahead, panel.total + kept);
+            } else {
+                dot_tile(piece, block, panel.filled, panel.scales, ahead, panel.acc + kept);
+            }
+        }
+    }
 
     void dot_tile(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales, Ahead& ahead,
                   std::int32_t* acc) const {
@@ -271,26 +333,15 @@ class PanelDriver {
         }
     }
 
-    // A tile of tile registers whose dots are complete, and how many of its rows are finished.
-    struct Dotted {
-        Piece piece;
-        const std::int32_t* acc;
-        std::int64_t finished;
-
-        void finish(const PanelDriver& driver, const Block& block, const PanelScales& scales, std::int64_t some) {
-            for (; some > 0 && finished < piece.rows; --some, ++finished) driver.finish(piece, block, finished, 0, scales, acc);
-        }
-    };
-
     // The registers' sums reach memory late: read at once they would be waited for. So the rows of a tile are finished while
     // the next one is dotted.
-    void dot_whole(const Piece& p, const Block& block, const std::uint8_t* panel, const PanelScales& scales, Ahead& ahead,
-                   std::int32_t* acc, Dotted& before) const {
+    void dot_whole(const Piece& p, const Block& block, const Panel& panel, Ahead& ahead, std::int32_t* acc,
+                   Dotted& before) const {
         const std::uint8_t* q = block.q + p.row * q_row_ + p.step * Tile::q_step;
-        Tile::dot(p.rows, panel, block_bytes(p.count), p.count, q, q_row_, p.some, p.step == 0, ahead, acc,
-                  [&]() __attribute__((always_inline)) { before.finish(*this, block, scales, 1); });
-        before.finish(*this, block, scales, before.piece.rows);
-        if (p.step + p.count >= steps_) before = {p, acc, 0};
+        Tile::dot(p.rows, panel.filled, block_bytes(p.count), p.count, q, q_row_, p.some, p.step == 0, ahead, acc,
+                  [&]() __attribute__((always_inline)) { before.finish(*this, block, 1); });
+        before.finish(*this, block, before.piece.rows);
+        if (p.step + p.count >= steps_) before = {p, &panel.scales, acc, 0};
     }
 
     // A part of k is whole groups; the last one finishes the rows.
@@ -310,25 +361,13 @@ class PanelDriver {
         }
     }
 
-    // The rows of the next panel, which follow, are asked for while this one is dotted.
-    Ahead next_panel(std::int64_t n0, const std::uint8_t* panel) const {
-        const std::int64_t rows = smaller(kPanel, a_.n - n0 - kPanel);
+    // The rows of the next panels, which follow, are asked for while these are dotted.
+    Ahead next_panels(std::int64_t n0, const std::uint8_t* panel) const {
+        const std::int64_t rows = smaller(kPanel * wide_, a_.n - n0);
         if (rows <= 0 || kPanel * row_bytes_ > kPanelBytes) return {panel, panel};
-        const std::uint8_t* first = a_.w + (n0 + kPanel) * row_bytes_;
+        const std::uint8_t* first = a_.w + n0 * row_bytes_;
         return {first, first + rows * row_bytes_};
     }
-
-    // The codes of a part of k, where whole rows are too long to ask for: some rows of them with every tile.
-    struct Part {
-        const std::uint8_t* first;
-        std::int64_t rows, bytes, share;
-
-        void ask(std::int64_t stride) {
-            for (std::int64_t some = smaller(share, rows); some > 0; --some, --rows, first += stride) {
-                for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 2);
-            }
-        }
-    };
 
     Part part_ahead(bool wanted, std::int64_t n0, std::int64_t step, std::int64_t tiles) const {
         const std::int64_t rows = wanted ? larger(0, smaller(kPanel, a_.n - n0)) : 0;
@@ -355,7 +394,7 @@ class PanelDriver {
 
     const Matmul& a_;
     bool packed_;
-    std::int64_t groups_, size_, row_bytes_, parts_, steps_, q_row_, part_steps_, k_parts_, m_block_, splits_;
+    std::int64_t wide_, groups_, size_, row_bytes_, parts_, steps_, q_row_, part_steps_, k_parts_, m_block_, splits_;
     int threads_;
 };
 

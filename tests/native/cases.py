@@ -66,6 +66,9 @@ def accumulators(out: Writer, rng, bits: int) -> None:
             case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k))
     for m, n, k in ((1, 66, 1536), (13, 70, 1000), (30, 130, 700), (49, 70, 1100)):
         case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k))
+    if bits == 4:  # tile registers take panels side by side, the last of them alone
+        for m, n, k in ((270, 1029, 4000), (100, 580, 12300)):
+            case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k))
     for k, group_size in GROUPS:
         for m, n in ((1, 17), (2, 1), (5, 66), (13, 66)):
             case(codes_of(rng, 8, m, k), codes_of(rng, bits, n, k), group_size)
