@@ -2,7 +2,7 @@
 //
 //     for a block of activation rows            as many as stay in the last-level cache
 //       quantize and arrange them               in parallel over rows
-//       for a panel of output channels          in parallel
+//       for a panel of output channels          in parallel; of tile registers several, see below
 //         for a part of k                       as much of the panel as stays in the second-level cache
 //           fill the panel
 //           for a batch of activation rows      as many as stay in the second-level cache
@@ -12,6 +12,9 @@
 // A tile of 64 channels reads few bytes of codes for its multiply-adds: a slice is the whole panel, and a batch all rows.
 // One of 16 channels reads four times as many, too many for the second-level cache, and its parts of k are shorter; not
 // so short that all of it stays in the first level, because beginning and ending a tile costs more than that.
+//
+// Tile registers multiply so fast that activations from the last-level cache keep them waiting. Where a block's do not stay
+// in the second level, a task has several panels side by side, which read a batch of rows in turn.
 //
 // Tiles are even: 13 rows of 6 are 5 + 4 + 4. Those of tile registers (amx.hpp) are full, but for the last one. Groups
 // come in ascending order, whatever the parts of k.
